@@ -82,7 +82,7 @@ class ModelFacts:
 class Analysis:
     """Every decoder-layer matrix, in a site or in `unmatched`.
 
-    coverage: share of decoder-layer linear parameters that belong to a site with a decomposition.
+    coverage: share of decoder-layer linear parameters that belong to a site, a refused one too.
     """
 
     model: ModelFacts

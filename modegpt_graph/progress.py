@@ -1,0 +1,41 @@
+"""How long work says where it is: stages with a name and, where it is known, a number of steps."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+
+class Stage(Protocol):
+    """One stage under way."""
+
+    def advance(self, n: int = 1) -> None:
+        """Another `n` steps of the stage are done."""
+        ...
+
+
+class Progress(Protocol):
+    """What long work is handed. A stage is a context manager; stages follow each other or nest."""
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Stage]:
+        """Open the stage `name` ("calibrate", a verb in the user's words) of `total` steps, None where not known."""
+        ...
+
+    def note(self, message: str) -> None:
+        """Tell the person one line at once, without waiting for the final report (a fallback that was taken)."""
+        ...
+
+
+class NullStage:
+    """A stage that nobody watches."""
+
+    def advance(self, n: int = 1) -> None:
+        pass
+
+
+class NullProgress:
+    """Progress that nobody watches: what the Python API uses where no progress was given."""
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Stage]:
+        return nullcontext(NullStage())
+
+    def note(self, message: str) -> None:
+        pass

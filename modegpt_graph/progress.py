@@ -28,14 +28,15 @@ class NullStage:
     """A stage that nobody watches."""
 
     def advance(self, n: int = 1) -> None:
-        pass
+        """Nothing to tell."""
 
 
 class NullProgress:
     """Progress that nobody watches: what the Python API uses where no progress was given."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Stage]:
+        """A stage that nobody watches."""
         return nullcontext(NullStage())
 
     def note(self, message: str) -> None:
-        pass
+        """Nobody to tell."""

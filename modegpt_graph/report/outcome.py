@@ -12,7 +12,7 @@ class SiteOutcome:
     """What one site became.
 
     id: of the site.   rank: features kept in each group (head), of `full_rank`.
-    relative_error: squared error of the pair's product on the calibration set over its squared norm; None if not measured.
+    relative_error: squared error of the pair's output on the calibration set over its squared norm.
     parameters_before, parameters_after: of the matrices and biases in the site's roles.
     """
 

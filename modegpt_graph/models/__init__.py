@@ -1,0 +1,7 @@
+"""Where a model comes from: hub, folder, gguf file, public configuration, factory, demo, or a module in memory."""
+
+from modegpt_graph.models.hub import HubUnreachable, hub_is_reachable
+from modegpt_graph.models.resolve import architecture_names, resolve
+from modegpt_graph.models.source import ModelSource
+
+__all__ = ["HubUnreachable", "ModelSource", "architecture_names", "hub_is_reachable", "resolve"]

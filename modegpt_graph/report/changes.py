@@ -30,7 +30,8 @@ def _shrink(name: str, before: int | None, after: int | None, form: Callable[[in
     if before is None and after is None:
         return None
     if before is None or after is None:
-        return name, *(("not measured" if value is None else form(value)) for value in (before, after)), ""
+        dense, compressed = ("not measured" if value is None else form(value) for value in (before, after))
+        return name, dense, compressed, ""
     change = (after - before) / before if before else 0.0
     sign = "−" if change < 0 else "+" if change > 0 else ""
     return name, form(before), form(after), f"{sign}{words.percent(abs(change))}"

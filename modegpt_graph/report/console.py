@@ -78,8 +78,8 @@ def _sites_table(groups: tuple[SiteGroup, ...]) -> Table:
     table.add_column("Layers", max_width=14)
     table.add_column("Site", no_wrap=True)
     table.add_column("Type", no_wrap=True)
-    table.add_column("Between")
-    table.add_column("Commutant", min_width=9)
+    table.add_column("Between", overflow="fold")
+    table.add_column("Commutant", min_width=9, overflow="fold")
     table.add_column("Decision", min_width=10)
     for group in groups:
         site = group.example

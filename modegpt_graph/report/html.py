@@ -14,6 +14,8 @@ from modegpt_graph.report.ranks import rank_series
 from modegpt_graph.report.style import STYLE
 from modegpt_graph.report.svg import rank_chart
 
+NO_BREAK_HYPHEN = "\u2011"
+
 
 def to_html(analysis: Analysis, outcome: CompressionOutcome | None = None) -> str:
     """The whole report as one document: header, outcome where there is one, sites, what was left alone, glossary."""
@@ -60,8 +62,8 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
     )
     notes = [
         f"<b>{words.percent(reached.decoder_linear)}</b> of the decoder layers' matrices were removed "
-        f"({words.percent(outcome.ratio)} asked): {words.percent(reached.without_embeddings)} of all parameters without "
-        f"embeddings, {words.percent(reached.all)} of all.",
+        f"({words.percent(outcome.ratio)} asked): {words.percent(reached.without_embeddings)} of all parameters "
+        f"without embeddings, {words.percent(reached.all)} of all.",
         f"Calibrated on {escape(words.sentence(outcome.calibration, start=False))} "
         f"Ranks by {escape(outcome.allocator)}, seed {outcome.seed}.",
     ]
@@ -77,7 +79,8 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
     )
     return (
         '<section>\n<h2>What changed</h2>\n<div class="scroll"><table><thead><tr><th></th><th class="number">dense</th>'
-        f'<th class="number">compressed</th><th class="number">change</th></tr></thead><tbody>{rows}</tbody></table></div>\n'
+        f'<th class="number">compressed</th><th class="number">change</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>\n"
         + "".join(f"<p>{note}</p>" for note in notes if note)
         + (f"\n<h2>Features kept, layer by layer</h2>\n{charts}" if charts else "")
         + "\n</section>"
@@ -98,9 +101,11 @@ def _group(group: SiteGroup, outcomes: dict[str, SiteOutcome]) -> str:
     site = group.example
     tone = "good" if site.decomposition else "bad"
     times = f' <span class="soft">×{group.per_layer}</span>' if (group.per_layer or 0) > 1 else ""
+    layers = escape(group.layers).replace("-", NO_BREAK_HYPHEN)
     summary = (
-        f'<span>{escape(group.layers)}{times}</span><span class="what"><b>{escape(words.roles_line(site))}</b> '
-        f'<span class="soft">{escape(site.pattern)}</span></span><span>{escape(words.type_line(site))}</span>'
+        f'<span class="layers">{layers}{times}</span><span class="what"><b>{escape(words.roles_line(site))}</b> '
+        f'<span class="soft">{escape(site.pattern)}</span></span>'
+        f'<span class="type">{escape(words.type_line(site))}</span>'
         f'<span>{escape(words.commutant_line(site))}</span><span class="{tone}">{escape(words.decision(site))}</span>'
         f'<span class="why">{escape(words.sentence(site.reason))}</span>'
     )

@@ -27,15 +27,18 @@ details.site:last-of-type { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; display: grid; grid-template-columns: 1rem 5.5rem 1fr 4.5rem 7rem 6rem; gap: .25rem 1rem;
   align-items: baseline; padding: .7rem .25rem; list-style: none; }
 summary::-webkit-details-marker { display: none; }
+summary { grid-template-rows: auto 1fr; }
 summary::before { content: "▸"; color: var(--soft); }
 details[open] > summary::before { content: "▾"; }
 summary:hover { background: var(--wash); }
+summary::before { grid-area: 1 / 1; } summary .layers { grid-area: 1 / 2 / span 2 / auto; }
 summary .what { overflow-wrap: anywhere; } summary b { font-weight: 600; }
 summary .why { grid-column: 3 / -1; color: var(--soft); font-size: .92rem; }
 .inside { padding: .25rem .25rem 1.25rem 2.25rem; }
 .heads { display: grid; grid-template-columns: 1rem 5.5rem 1fr 4.5rem 7rem 6rem; gap: 1rem; padding: 0 .25rem .4rem;
   color: var(--soft); font-size: .82rem; }
 .scroll { overflow-x: auto; }
+.inside td, .inside th { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; font-size: .82rem; text-align: left; white-space: nowrap; }
 th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: baseline; }
@@ -47,7 +50,9 @@ tbody tr:last-child td { border-bottom: 0; }
 .ranks .hit { fill: transparent; }
 dl.words { display: grid; grid-template-columns: 7rem 1fr; gap: .5rem 1rem; margin: 0; font-size: .92rem; }
 dl.words dt { font-weight: 600; } dl.words dd { margin: 0; color: var(--soft); }
-@media (max-width: 44rem) { summary, .heads { grid-template-columns: 1rem 1fr 1fr; } .heads { display: none; }
+@media (max-width: 44rem) { summary { grid-template: none / 1rem auto auto 1fr; } .heads { display: none; }
+  summary .layers { grid-area: 1 / 2 / auto / -1; }
+  .type { grid-column: 2; }
   summary .what, summary .why { grid-column: 2 / -1; } dl.words { grid-template-columns: 1fr; gap: .1rem; }
   dl.words dd { margin-bottom: .6rem; } }
 @media print { details.site { break-inside: avoid; } body { padding: 0; } }

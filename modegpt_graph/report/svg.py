@@ -29,7 +29,8 @@ def rank_chart(series: RankSeries) -> str:
             f'<rect class="full" x="{x:.1f}" y="{TOP}" width="{step - gap:.1f}" height="{tall}"/>'
             f'<rect class="kept" x="{x:.1f}" y="{TOP + tall - height:.1f}" width="{step - gap:.1f}" '
             f'height="{height:.1f}"/>'
-            f'<rect class="hit" x="{x:.1f}" y="{TOP}" width="{step:.1f}" height="{tall}"><title>{escape(tip)}</title></rect>'
+            f'<rect class="hit" x="{x:.1f}" y="{TOP}" width="{step:.1f}" height="{tall}">'
+            f"<title>{escape(tip)}</title></rect>"
         )
         if index % every == 0:
             middle = x + (step - gap) / 2

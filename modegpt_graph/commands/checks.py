@@ -1,0 +1,86 @@
+"""What can be known to be wrong before any work starts. Each check raises InputError with what to do."""
+
+import tempfile
+from pathlib import Path
+
+from modegpt_graph.errors import InputError
+
+HIGHEST_RATIO = 0.95
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+STANDARD_OUTPUT = Path("-")
+
+
+def ratio(value: float) -> None:
+    """In (0, 0.95]; not a number is outside."""
+    if not 0 < value <= HIGHEST_RATIO:
+        advice = f"; did you mean {value / 100:g}?" if 5 <= value <= 100 * HIGHEST_RATIO else "; 0.3 removes 30 %"
+        raise InputError(f"--ratio {value:g} is outside (0, {HIGHEST_RATIO}]{advice}")
+
+
+def at_least(option: str, value: int | None, least: int) -> None:
+    """`value` is `least` or more, or was not given."""
+    if value is not None and value < least:
+        raise InputError(f"{option} {value} is too small; {least} is the least")
+
+
+def out_directory(path: Path) -> None:
+    """Absent, or an empty folder; and it can be made."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise InputError(f"--out {path} exists and is not empty; name a new folder or empty this one")
+        parent = path
+    elif path.exists() or path.is_symlink():
+        raise InputError(f"--out {path} is not a folder; name a new folder")
+    else:
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+    _writable(parent, f"--out {path}")
+
+
+def out_file(option: str, path: Path | None) -> None:
+    """Absent or an ordinary file, in a folder that exists and can be written to; `-` is standard output."""
+    if path is None or path == STANDARD_OUTPUT:
+        return
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path} is not an ordinary file; '-' writes to standard output")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    _writable(path.parent, f"{option} {path}")
+
+
+def text_source(option: str, source: str) -> None:
+    """A file that is there and not empty, or the name of a known text (which the API looks up)."""
+    path = Path(source).expanduser()
+    if not source.strip():
+        raise InputError(f"{option} is empty; name a file ({', '.join(TEXT_SUFFIXES)}) or a data set such as wikitext2")
+    if path.is_file():
+        if path.suffix.lower() not in TEXT_SUFFIXES:
+            raise InputError(f"{option} {source}: the kinds of file read are {', '.join(TEXT_SUFFIXES)}")
+        if path.stat().st_size == 0:
+            raise InputError(f"{option} {source} is empty; give a file with text in it")
+    elif path.is_dir():
+        raise InputError(f"{option} {source} is a folder; name one file in it")
+    elif path.suffix.lower() in TEXT_SUFFIXES or source[0] in "./~":
+        raise InputError(f"{option} {source}: there is no such file")
+
+
+def pattern_sources(paths: list[Path]) -> None:
+    """Every one a `.toml` file or a folder that has some."""
+    for path in paths:
+        if path.is_dir():
+            if not any(path.glob("*.toml")):
+                raise InputError(f"--patterns {path}: there is no .toml file in this folder")
+        elif not path.is_file():
+            raise InputError(f"--patterns {path}: there is no such file or folder")
+        elif path.suffix != ".toml":
+            raise InputError(f"--patterns {path}: a pattern file ends in .toml")
+
+
+def _writable(folder: Path, what: str) -> None:
+    """Asks by doing: permission bits do not tell for the superuser, nor on read-only or network file systems."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {folder}: {error.strerror or error}") from None

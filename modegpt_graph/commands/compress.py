@@ -1,0 +1,131 @@
+"""`compress`: a smaller model in a folder."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from modegpt_graph.commands import checks, options
+from modegpt_graph.commands.runtime import messages, quieten, results, write_json
+
+CALIBRATION, METHOD = "Calibration", "Method"
+
+
+class Allocator(str, Enum):
+    """How the ratio is spread over the layers."""
+
+    block_influence = "block-influence"
+    uniform = "uniform"
+
+
+class Dtype(str, Enum):
+    """Number format the model is run and saved in; decompositions are float64 in any case."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def compress(
+    model: options.Model,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            "--ratio", metavar="R", help="Share of the decoder-layer matrices' parameters to remove, up to 0.95."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the smaller model.")],
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calib",
+            metavar="SOURCE",
+            rich_help_panel=CALIBRATION,
+            help="wikitext2, alpaca, c4; a .txt, .json, .jsonl or .parquet file; or self: text sampled from the model, "
+            "which is also the fallback where the hub is out of reach.",
+        ),
+    ] = "wikitext2",
+    windows: Annotated[
+        int, typer.Option("--calib-windows", metavar="N", rich_help_panel=CALIBRATION, help="Windows of text.")
+    ] = 32,
+    window: Annotated[
+        int, typer.Option("--calib-window", metavar="N", rich_help_panel=CALIBRATION, help="Tokens in each window.")
+    ] = 1024,
+    allocator: Annotated[
+        Allocator,
+        typer.Option(
+            "--allocator",
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="How the ratio is spread over the layers: block-influence or uniform.",
+        ),
+    ] = Allocator.block_influence,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            "--dtype",
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="Number format to run and save in: float32, bfloat16 or float16. Decompositions are float64.",
+        ),
+    ] = Dtype.float32,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", rich_help_panel=METHOD, help="Same seed, same result.")
+    ] = 0,
+    patterns: options.Patterns = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity and KL afterwards.")] = False,
+    json_file: options.JsonFile = None,
+    html_file: options.HtmlFile = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Make a model smaller, without training, and save it. The report is in DIR/report.json.
+
+    [bold]Examples[/bold]
+
+    modegpt-graph compress demo --ratio 0.3 --out small
+
+    modegpt-graph compress ./my-model --ratio 0.2 --calib texts.jsonl --out ./my-model-small
+    """
+    checks.ratio(ratio)
+    checks.out_directory(out)
+    checks.text_source("--calib", calibration)
+    checks.at_least("--calib-windows", windows, 1)
+    checks.at_least("--calib-window", window, 2)
+    checks.out_file("--json", json_file)
+    checks.out_file("--html", html_file)
+    checks.pattern_sources(patterns or [])
+    quieten()
+    from modegpt_graph import api
+    from modegpt_graph.report.console import render_outcome
+    from modegpt_graph.report.files import write_text
+    from modegpt_graph.report.html import to_html
+    from modegpt_graph.report.progress import ConsoleProgress
+    from modegpt_graph.report.schema import to_json
+
+    with ConsoleProgress(messages()) as progress:
+        result = api.compress(
+            model,
+            ratio,
+            calibration=calibration,
+            allocator=allocator.value,
+            seed=seed,
+            patterns=patterns or None,
+            calibration_windows=windows,
+            calibration_window=window,
+            evaluate=not no_eval,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        with progress.stage("save"):
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+            result.save(out)
+    report = result.report
+    write_json(json_file, to_json(report.analysis, report.outcome))
+    if html_file is not None:
+        write_text(html_file, to_html(report.analysis, report.outcome))
+    console = results(json_file)
+    render_outcome(report.analysis, report.outcome, console)
+    console.print()
+    console.print(f"Saved in {out}", markup=False, soft_wrap=True)

@@ -1,0 +1,29 @@
+"""Arguments and options that several commands have, said once."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, folder, .gguf file, name in architectures/, FILE.py:factory, or demo.",
+        show_default=False,
+    ),
+]
+Patterns = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--patterns", metavar="FILE|DIR", help="Pattern files to use in place of the built-in ones; repeatable."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")
+]
+HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off unless you ask.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For everything random.")]

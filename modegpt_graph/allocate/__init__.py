@@ -1,0 +1,1 @@
+"""Allocation: scores or error curves to ratios, ratios to whole ranks within a budget."""

@@ -1,4 +1,4 @@
-"""Backward elimination: what dropping each block of columns costs after the others were refitted, for every rank at once."""
+"""Backward elimination: what dropping columns costs after the others were refitted, for every rank at once."""
 
 from dataclasses import dataclass
 
@@ -41,13 +41,15 @@ def eliminate(
     """Drop blocks of columns one by one, each time the one that costs least after the best refit of the rest.
 
     With G = gram + ridge·I and V the refitted weight of the columns that remain, dropping block b adds
-    tr(V_bᵀ ([G⁻¹]_bb)⁻¹ V_b) to the ridge objective ‖X(W − V)‖² + ridge‖W − V‖². G⁻¹ and V are downdated `batch` blocks at a
-    time; within a batch the choice is exact among the 2·batch cheapest. `errors` holds ‖X(W − V)‖² without the ridge term.
+    tr(V_bᵀ ([G⁻¹]_bb)⁻¹ V_b) to the ridge objective ‖X(W − V)‖² + ridge‖W − V‖². G⁻¹ and V are downdated `batch` blocks
+    at a time; within a batch the choice is exact among the 2·batch cheapest. `errors` holds ‖X(W − V)‖² without the
+    ridge term.
 
     gram: (N, N) float64.   weight: (N, D).   blocks: (n, b) column indices of blocks that fall together; single columns
     by default.   ridge: relative to the mean diagonal.   order: evaluates this order in place of the best one.
     total: what errors are relative to; ‖X W‖² by default.   Time O(N³ + N² D).
-    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993) for the cost; the blocked downdate as in GPTQ (arXiv 2210.17323).
+    Source: Optimal Brain Surgeon (Hassibi and Stork, 1993) for the cost; the blocked downdate as in GPTQ (arXiv
+    2210.17323).
     """
     size = 1 if blocks is None else blocks.shape[1]
     columns = torch.arange(gram.shape[0]) if blocks is None else blocks.flatten()

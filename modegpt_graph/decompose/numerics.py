@@ -56,7 +56,9 @@ def check_gram(gram: Tensor, name: str = "gram") -> Tensor:
     largest = float(gram.abs().max())
     asymmetry = float((gram - gram.mT).abs().max())
     if asymmetry > 1e-6 * largest:
-        raise NumericalError(f"{name} is not symmetric: entries differ by {asymmetry:.1e} where the largest is {largest:.1e}")
+        raise NumericalError(
+            f"{name} is not symmetric: entries differ by {asymmetry:.1e} where the largest is {largest:.1e}"
+        )
     lowest = float(gram.diagonal(dim1=-2, dim2=-1).min())
     if lowest < -1e-9 * largest:
         raise NumericalError(f"{name} has a negative diagonal entry ({lowest:.1e}): it is no Gram matrix")
@@ -70,7 +72,7 @@ def check_rank(rank: int, full_rank: int, what: str = "rank") -> None:
 
 
 def mean_diagonal(gram: Tensor) -> float:
-    """Mean of the diagonal, the unit of every relative ridge; 1 for statistics that are all zero (an expert never used)."""
+    """Mean of the diagonal, the unit of every relative ridge; 1 where all is zero (an expert that was never used)."""
     mean = float(gram.diagonal(dim1=-2, dim2=-1).mean()) if gram.numel() else 0.0
     return mean if mean > 0 else 1.0
 
@@ -79,7 +81,8 @@ def factorise(gram: Tensor, ridge: float, name: str = "gram", unit: float | None
     """Cholesky factor of gram + ridge·I, with a ridge raised tenfold until the factor is numerically sound.
 
     gram: (..., n, n) float64 symmetric.   ridge: relative to `unit`, which is the mean diagonal unless it is given.
-    Sound means that no column is explained by those before it up to rounding, so that solves keep about half the digits.
+    Sound means that no column is explained by those before it up to rounding, so that solves keep about half the
+    digits.
     Raises NumericalError where a ridge as large as the mean diagonal does not suffice.
     """
     unit = mean_diagonal(gram) if unit is None else unit

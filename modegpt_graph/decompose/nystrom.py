@@ -27,8 +27,8 @@ class Nystrom:
 
     kept: (rank,) columns, ascending.   down: (rank, D) float64.   bias: (D,) or None.
     relative_error: ‖Z W + b − Z_S Ŵ − b̂‖² / ‖Z W + b‖² over the calibration tokens.
-    ridge: the ridge that was used, relative to the mean diagonal: larger than the one asked for where the Gram matrix was
-    singular.
+    ridge: the ridge that was used, relative to the mean diagonal: larger than the one asked for where the Gram matrix
+    was singular.
     """
 
     kept: Tensor
@@ -40,7 +40,7 @@ class Nystrom:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A consumer as the least-squares problem sees it: a constant column is projected out, which centres the Gram matrix.
+    """A consumer as least squares sees it: a constant column is projected out, which centres the Gram matrix.
 
     gram: (N, N), centred where there is a bias.   mean: (N,) feature means, None without bias.   total: ‖Z W + b‖².
     """
@@ -68,7 +68,9 @@ def consumer(gram: Tensor, weight: Tensor, bias: Tensor | None = None) -> Consum
         gram = gram[:features, :features]
         return Consumer(gram, None, weight, None, float(energy(gram, weight)))
     if not augmented:
-        raise ValueError("a bias is refitted from the Gram matrix of [Z, 1]: one more row and column than the weight has")
+        raise ValueError(
+            "a bias is refitted from the Gram matrix of [Z, 1]: one more row and column than the weight has"
+        )
     bias = bias.double()
     total = float(energy(gram, torch.cat([weight, bias[None]])))
     tokens = gram[-1, -1]
@@ -111,7 +113,8 @@ def selection_order(
     """(n,) blocks in the order in which `selection` drops them, the least important first.
 
     leverage: ridge leverage scores of the features themselves, the paper's choice, blind to the consumer.
-    surgeon: error after the refit.   energy: ‖z_i‖²‖W_i‖², error without a refit.   magnitude: ‖W_i‖², blind to the data.
+    surgeon: error after the refit.   energy: ‖z_i‖²‖W_i‖², error without a refit.   magnitude: ‖W_i‖², blind to the
+    data.
     """
     if selection == "surgeon":
         return surgeon_order(gram, down, ridge=ridge, bias=bias, blocks=blocks).order
@@ -141,10 +144,10 @@ def nystrom(
 ) -> Nystrom:
     """Keep `rank` intermediate features and refit `down` so that Z·down is matched best on the calibration set.
 
-    gram: (N, N) float64, Zᵀ Z over calibration tokens, or (N + 1, N + 1) of [Z, 1], which a `bias` (D,) needs: the constant is
-    always kept and the bias refitted.   down: (N, D).   blocks: (n, b) columns that stay or go together.   kept: this choice
-    instead of `selection`.   The ridge (relative to the mean diagonal) pulls Ŵ towards the rows of `down`, not to zero:
-    Ŵ = W_S + (C_SS + λI)⁻¹ C_SR W_R, so that full rank changes nothing.
+    gram: (N, N) float64, Zᵀ Z over calibration tokens, or (N + 1, N + 1) of [Z, 1], which a `bias` (D,) needs: the
+    constant is always kept and the bias refitted.   down: (N, D).   blocks: (n, b) columns that stay or go together.
+    kept: this choice instead of `selection`.   The ridge (relative to the mean diagonal) pulls Ŵ towards the rows of
+    `down`, not to zero: Ŵ = W_S + (C_SS + λI)⁻¹ C_SR W_R, so that full rank changes nothing.
     Raises RankError where `rank` is not in 1..N or splits a block, NumericalError for a Gram matrix that is none.
     Source: MoDeGPT (arXiv 2408.09632), algorithm 1 and theorem 1.
     """

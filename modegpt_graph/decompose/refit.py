@@ -30,13 +30,15 @@ def refit(
 ) -> Refit:
     """The Ŵ (and b̂) that minimise ‖X W + b − X B Ŵ − b̂‖² + λ‖B(Ŵ − prior)‖².
 
-    gram: (N, N) of the full input X of the consumer (all heads side by side), or (N + 1, N + 1) of [X, 1], which a bias needs.
+    gram: (N, N) of the full input X of the consumer (all heads side by side), or (N + 1, N + 1) of [X, 1], which a bias
+    needs.
     basis: (N, K), or (H, d, k) blocks on a diagonal, or (K,) column indices.   weight: (N, D).   bias: (D,).
-    prior: (K, D) what the ridge pulls towards; by default the projection of W on the basis, so that a basis of full rank gives
-    the original back at every ridge.   ridge: λ relative to the mean diagonal.
-    cross, target: for an input X that already drifted from the original X₀: Xᵀ X₀ and X₀ᵀ X₀, augmented like `gram`; then
-    X₀ W + b is fitted from X.
-    Raises NumericalError for entries that are not finite.   Source: least squares; MoDeGPT's Ŵ_down is the case of column indices.
+    prior: (K, D) what the ridge pulls towards; by default the projection of W on the basis, so that a basis of full
+    rank gives the original back at every ridge.   ridge: λ relative to the mean diagonal.
+    cross, target: for an input X that already drifted from the original X₀: Xᵀ X₀ and X₀ᵀ X₀, augmented like `gram`;
+    then X₀ W + b is fitted from X.
+    Raises NumericalError for entries that are not finite.   Source: least squares; MoDeGPT's Ŵ_down is the case of
+    column indices.
     """
     gram, weight = check_gram(gram), weight.double()
     check_finite(weight, "weight")
@@ -49,7 +51,9 @@ def refit(
     if gram.shape[0] not in (features, features + 1) or cross.shape != gram.shape or target.shape != gram.shape:
         raise ValueError(f"gram {tuple(gram.shape)} fits no weight {tuple(weight.shape)}: it needs N or N + 1 rows")
     if bias is not None and gram.shape[0] == features:
-        raise ValueError("a bias is refitted from the Gram matrix of [X, 1]: one more row and column than the weight has")
+        raise ValueError(
+            "a bias is refitted from the Gram matrix of [X, 1]: one more row and column than the weight has"
+        )
     total, mean, target_mean = _centre_sums(gram, cross, target, weight, bias)
     gram, cross, target = (_centred(sums, bias is not None, features) for sums in (gram, cross, target))
 
@@ -59,9 +63,12 @@ def refit(
     own = spread.own()
     start = torch.linalg.solve(own, spread.lift(weight)) if prior is None else prior.double()
     pull = spread.lift(cross @ weight) - metric @ start
-    # Solved for the step away from the prior, in the metric BᵀB, so that the ridge acts on features, not on coefficients.
+    # Solved for the step away from the prior, in the metric BᵀB, so that the ridge acts on features, not on
+    # coefficients.
     root = factorise(own, 0.0, "basis").lower
-    whitened = torch.linalg.solve_triangular(root, torch.linalg.solve_triangular(root, metric, upper=False).mT, upper=False)
+    whitened = torch.linalg.solve_triangular(
+        root, torch.linalg.solve_triangular(root, metric, upper=False).mT, upper=False
+    )
     lower = factorise((whitened + whitened.mT) / 2, ridge, unit=unit).lower
     step = torch.cholesky_solve(torch.linalg.solve_triangular(root, pull, upper=False), lower)
     fitted = start + torch.linalg.solve_triangular(root.mT, step, upper=True)

@@ -1,11 +1,19 @@
-"""Type III: the best smaller pair where nothing nonlinear stands between, for query/key and for any two linear layers."""
+"""Type III: the best smaller pair where nothing nonlinear stands between: query/key, or any two linear layers."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modegpt_graph.decompose.numerics import EPSILON, check_gram, check_rank, energy, mean_diagonal, ratio_of, square_root
+from modegpt_graph.decompose.numerics import (
+    EPSILON,
+    check_gram,
+    check_rank,
+    energy,
+    mean_diagonal,
+    ratio_of,
+    square_root,
+)
 
 UNSEEN_RIDGE = 1e-8
 
@@ -40,10 +48,10 @@ class LinearPair:
 def query_key_svd(query_grams: Tensor, key_grams: Tensor, rank: int) -> QueryKey:
     """The optimum of Σ_h ‖Q_h Kᵀ − Q_h A_q (K A_k)ᵀ‖² over all pairs (A_q, A_k) of a group that have `rank` columns.
 
-    query_grams: (G, g, d, d).   key_grams: (G, d, d).   Only Σ_h Q_hᵀQ_h matters: with C_q that sum and C_q^{1/2} C_k^{1/2} = U Σ Vᵀ
-    the loss is the sum of the squared singular values beyond `rank`. A_q = C_k^{1/2} V_k Σ_k^{-1/2} and
-    A_k = C_q^{1/2} U_k Σ_k^{-1/2}: no Gram matrix is inverted. Directions that the text never used count as tiny, not as zero, so
-    that full rank stays lossless for other texts.
+    query_grams: (G, g, d, d).   key_grams: (G, d, d).   Only Σ_h Q_hᵀQ_h matters: with C_q that sum and C_q^{1/2}
+    C_k^{1/2} = U Σ Vᵀ the loss is the sum of the squared singular values beyond `rank`. A_q = C_k^{1/2} V_k Σ_k^{-1/2}
+    and A_k = C_q^{1/2} U_k Σ_k^{-1/2}: no Gram matrix is inverted. Directions that the text never used count as tiny,
+    not as zero, so that full rank stays lossless for other texts.
     Raises RankError where `rank` is not in 1..d, NumericalError for Gram matrices that are none.
     Source: MoDeGPT (arXiv 2408.09632), type III; the closed form is Eckart–Young in the metric of the Gram matrices.
     """

@@ -49,11 +49,11 @@ class PaperValueOutput:
 def value_output_svd(head_grams: Tensor, output: Tensor, rank: int, *, sweeps: int = 0) -> ValueOutput:
     """The basis B of each group that minimises Σ_h ‖C_h^{1/2} (W_h − B Ŵ_h)‖², with Ŵ_h refitted to it.
 
-    head_grams: (G, g, d, d) Gram matrices C_h of what attention puts out per head (position mixing included), which is exact where
-    the paper's C of the layer input is not.   output: (G, g, d, D) the rows of the output matrix that head h meets.
-    Where the C_h of a group are equal, or g = 1, this is the exact optimum (Eckart–Young on C^{1/2}[W_1 … W_g]). Else the better
-    of two closed forms, each exact in the equal case, and `sweeps` rounds of alternating least squares from there, which
-    never make it worse.
+    head_grams: (G, g, d, d) Gram matrices C_h of what attention puts out per head (position mixing included), which is
+    exact where the paper's C of the layer input is not.   output: (G, g, d, D) the rows of the output matrix that head
+    h meets. Where the C_h of a group are equal, or g = 1, this is the exact optimum (Eckart–Young on C^{1/2}[W_1 …
+    W_g]). Else the better of two closed forms, each exact in the equal case, and `sweeps` rounds of alternating least
+    squares from there, which never make it worse.
     Raises RankError where `rank` is not in 1..d, NumericalError for Gram matrices that are none.
     Source: MoDeGPT (arXiv 2408.09632), algorithm 3, with the second SVD taken over the stacked heads of the group.
     """
@@ -88,10 +88,12 @@ def paper_value_output(
 ) -> PaperValueOutput:
     """The paper's algorithm 3 on the Gram matrix of the layer input, for one or several output heads per value head.
 
-    input_gram: (D, D) = Xᵀ X.   value: (G, D, d).   output: (G, g, d, E).   stacked: second SVD over [W_1 … W_g], the optimum of
-    Σ_h ‖C^{1/2}(W_v W_h − Ŵ_v Ŵ_h)‖²; without it the paper's grouped variant, which truncates C^{1/2} W_v alone.
-    C^{1/2} W_v = U Σ Vᵀ enters only by Σ² and V, the eigenvectors of W_vᵀ C W_v (d, d), so no (D, D) root is ever taken.
-    Raises as `value_output_svd`.   Source: MoDeGPT (arXiv 2408.09632), algorithm 3 and its section on grouped-query attention.
+    input_gram: (D, D) = Xᵀ X.   value: (G, D, d).   output: (G, g, d, E).   stacked: second SVD over [W_1 … W_g], the
+    optimum of Σ_h ‖C^{1/2}(W_v W_h − Ŵ_v Ŵ_h)‖²; without it the paper's grouped variant, which truncates C^{1/2} W_v
+    alone. C^{1/2} W_v = U Σ Vᵀ enters only by Σ² and V, the eigenvectors of W_vᵀ C W_v (d, d), so no (D, D) root is
+    ever taken.
+    Raises as `value_output_svd`.   Source: MoDeGPT (arXiv 2408.09632), algorithm 3 and its section on grouped-query
+    attention.
     """
     gram, value, output = check_gram(input_gram, "input gram"), value.double(), output.double()
     d, heads = value.shape[-1], output.shape[1]
@@ -112,7 +114,7 @@ def paper_value_output(
 
 
 def _mean_gram_basis(grams: Tensor, outer: Tensor) -> Tensor:
-    """(G, d, d) nested orthonormal bases: leading left singular vectors of C̄^{1/2}[W_1 … W_g], taken back through C̄^{1/2}."""
+    """(G, d, d) nested orthonormal bases: C̄^{-1/2} times the left singular vectors of C̄^{1/2}[W_1 … W_g]."""
     mean = grams.mean(1)
     summed = outer.sum(1)
     root = square_root(mean)
@@ -121,7 +123,7 @@ def _mean_gram_basis(grams: Tensor, outer: Tensor) -> Tensor:
 
 
 def _generalised_basis(grams: Tensor, outer: Tensor) -> Tensor:
-    """(G, d, d) as above, from max tr((BᵀC̄B)⁻¹ Bᵀ(Σ C_h W_h W_hᵀ C_h)B): what is captured, with one metric for every head."""
+    """(G, d, d) as above, from max tr((BᵀC̄B)⁻¹ Bᵀ(Σ C_h W_h W_hᵀ C_h)B): what is captured, in one metric."""
     whiten = inverse_square_root(grams.mean(1), RIDGE)
     _, vectors = torch.linalg.eigh(whiten @ (grams @ outer @ grams).sum(1) @ whiten)
     return _orthonormal(whiten @ vectors.flip(-1))
@@ -149,9 +151,10 @@ def _captured(grams: Tensor, outer: Tensor, basis: Tensor) -> Tensor:
 
 
 def _sweep(grams: Tensor, outer: Tensor, basis: Tensor, steps: int = 20) -> Tensor:
-    """One round of alternating least squares: outputs for this basis, then the basis for these outputs by conjugate gradients.
+    """One round of alternating least squares: outputs for this basis, then the basis for these outputs.
 
-    The basis solves Σ_h C_h B (Ŵ_h Ŵ_hᵀ) = Σ_h C_h W_h Ŵ_hᵀ; with Ŵ_h = F_h W_h both sides need W_h W_hᵀ only.
+    The basis solves, by conjugate gradients, Σ_h C_h B (Ŵ_h Ŵ_hᵀ) = Σ_h C_h W_h Ŵ_hᵀ; with Ŵ_h = F_h W_h both sides
+    need W_h W_hᵀ only.
     """
     fit = _fit(grams, basis, grams)  # (G, g, k, d)
     inner = fit @ outer @ fit.mT  # (G, g, k, k)

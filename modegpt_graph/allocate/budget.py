@@ -1,0 +1,191 @@
+"""From ratios per layer to whole ranks that meet a budget."""
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from modegpt_graph.errors import InputError
+
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that has a rank: a site, or the part of one that is given its own.
+
+    full_rank: what it has today.   parameters_per_rank: what each rank less saves (or bytes, or any other cost).
+    minimum: the least rank it may be left with.   multiple: ranks below full are multiples of this (blocks, hardware
+    tiles).
+    """
+
+    id: str
+    layer: int | None
+    full_rank: int
+    parameters_per_rank: int
+    minimum: int = 1
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.full_rank < 1 or not 0 <= self.minimum <= self.full_rank or self.multiple < 1:
+            raise ValueError(
+                f"{self.id}: rank {self.minimum}..{self.full_rank} in multiples of {self.multiple} is impossible"
+            )
+
+    def lowest(self) -> int:
+        """The least rank that `minimum` and `multiple` allow."""
+        rounded = -(-self.minimum // self.multiple) * self.multiple
+        return min(rounded, self.full_rank)
+
+    def below(self, rank: int) -> int | None:
+        """The next lower rank that is allowed, None at the lowest."""
+        lower = (rank - 1) // self.multiple * self.multiple
+        return lower if lower >= self.lowest() and rank > self.lowest() else None
+
+    def above(self, rank: int) -> int | None:
+        """The next higher rank that is allowed, None at full rank."""
+        return None if rank >= self.full_rank else min((rank // self.multiple + 1) * self.multiple, self.full_rank)
+
+    def nearest(self, rank: float) -> int:
+        """The allowed rank nearest to `rank`."""
+        lower = min(max(int(rank // self.multiple) * self.multiple, self.lowest()), self.full_rank)
+        higher = self.above(lower)
+        return higher if higher is not None and abs(higher - rank) < abs(lower - rank) else lower
+
+    def removed(self, rank: int) -> int:
+        """Parameters that go when `rank` is what is left."""
+        return (self.full_rank - rank) * self.parameters_per_rank
+
+
+Penalty = Callable[[Item, int, int], float]
+
+
+def removed_parameters(items: Sequence[Item], ranks: Mapping[str, int]) -> int:
+    """Parameters that go with these ranks."""
+    return sum(item.removed(ranks[item.id]) for item in items)
+
+
+def ranks_for_ratios(
+    items: Sequence[Item], layer_ratios: Mapping[int | None, float], total_parameters: int, ratio: float
+) -> dict[str, int]:
+    """Ranks such that `ratio` of `total_parameters` goes, shared between layers as `layer_ratios` says.
+
+    layer_ratios: ratio of every layer that has an item; all are scaled by one factor, because some parameters of a
+    layer may be in no item and some items may reach their minimum. Rounding is then repaired by single steps, the ones
+    that bring an item nearest to its own ratio first.
+    Raises InputError, naming the largest (or nearest) reachable ratio, where the budget cannot be met within 0.5
+    percentage points.
+    """
+    target = removal_target(items, total_parameters, ratio)
+    missing = sorted({str(item.layer) for item in items if item.layer not in layer_ratios})
+    if missing:
+        raise ValueError(f"no ratio for layer {', '.join(missing)}")
+
+    def ideal(item: Item, factor: float) -> float:
+        return max(item.full_rank * (1 - factor * layer_ratios[item.layer]), float(item.lowest()))
+
+    def removed(factor: float) -> float:
+        return sum((item.full_rank - ideal(item, factor)) * item.parameters_per_rank for item in items)
+
+    low, high = 0.0, 1.0
+    while removed(high) < target and high < 1e9:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(middle) < target else (low, middle)
+    ideals = {item.id: ideal(item, high) for item in items}
+    ranks = {item.id: item.nearest(ideals[item.id]) for item in items}
+
+    def penalty(item: Item, rank: int, new: int) -> float:
+        """How much farther from its ideal, as a share of its full rank, the item gets."""
+        return (abs(new - ideals[item.id]) - abs(rank - ideals[item.id])) / item.full_rank
+
+    return meet(items, ranks, target, total_parameters, penalty)
+
+
+def meet(
+    items: Sequence[Item], ranks: Mapping[str, int], target: float, total_parameters: int, penalty: Penalty
+) -> dict[str, int]:
+    """Single steps, then exchanges of two steps, that bring what is removed nearer to `target`.
+
+    penalty(item, rank, new_rank): what a step costs per se; of the steps that bring the budget nearer, the one with the
+    least penalty per parameter goes first, until none brings it nearer.
+    Raises InputError where what is reached is more than 0.5 percentage points away.
+    """
+    ranks = dict(ranks)
+    gap = target - removed_parameters(items, ranks)  # positive: too little goes
+    lowering: bool | None = None
+    queue: list[
+        tuple[float, int, int, int]
+    ] = []  # (penalty per parameter, index of the item, new rank, parameters moved)
+
+    def push(index: int) -> None:
+        item, rank = items[index], ranks[items[index].id]
+        new = item.below(rank) if lowering else item.above(rank)
+        if new is not None and item.parameters_per_rank:
+            moved = item.removed(new) - item.removed(rank)
+            heapq.heappush(queue, (penalty(item, rank, new) / abs(moved), index, new, moved))
+
+    while gap:
+        if lowering is not (gap > 0):
+            lowering, queue = gap > 0, []
+            for index in range(len(items)):
+                push(index)
+        while queue and abs(gap - queue[0][3]) >= abs(gap):
+            heapq.heappop(queue)  # steps too coarse for this gap stay too coarse, since the gap only shrinks
+        if not queue:
+            break
+        _, index, new, moved = heapq.heappop(queue)
+        ranks[items[index].id] = new
+        gap -= moved
+        push(index)
+    if abs(gap) > TOLERANCE / 2 * total_parameters:
+        gap = _exchange(items, ranks, gap)
+    if abs(gap) > TOLERANCE * total_parameters:
+        reached = removed_parameters(items, ranks) / total_parameters
+        raise InputError(
+            f"ratio {target / total_parameters:.3f} falls between two steps of rank; "
+            f"the nearest that can be met is {reached:.4f}"
+        )
+    return ranks
+
+
+def _exchange(items: Sequence[Item], ranks: dict[str, int], gap: float) -> float:
+    """Lower one item and raise another, while that closes the gap; steps of different size make finer ones together."""
+    while True:
+        steps: dict[int, tuple[Item, int]] = {}  # one representative per step size
+        for item in items:
+            for new in (item.below(ranks[item.id]), item.above(ranks[item.id])):
+                if new is not None and item.parameters_per_rank:
+                    steps.setdefault(item.removed(new) - item.removed(ranks[item.id]), (item, new))
+        best = gap
+        choice: list[tuple[Item, int]] = []
+        for first, (one, new_one) in steps.items():
+            for second, (other, new_other) in steps.items():
+                if one.id != other.id and abs(gap - first - second) < abs(best):
+                    best, choice = gap - first - second, [(one, new_one), (other, new_other)]
+        if not choice:
+            return gap
+        for item, new in choice:
+            ranks[item.id] = new
+        gap = best
+
+
+def removal_target(items: Sequence[Item], total_parameters: int, ratio: float) -> float:
+    """Parameters to remove; InputError where the items cannot give them."""
+    if len({item.id for item in items}) != len(items):
+        raise ValueError("two items have the same id")
+    if total_parameters < 1 or not 0 <= ratio < 1:
+        raise InputError(f"ratio {ratio:g} of {total_parameters} parameters: the ratio must be in 0..1")
+    reachable = sum(item.removed(item.lowest()) for item in items)
+    target = ratio * total_parameters
+    if target > reachable:
+        raise InputError(
+            f"ratio {ratio:g} cannot be reached: the sites found can give at most {reachable / total_parameters:.4f} "
+            f"of the decoder's linear parameters; ask for less"
+        )
+    return target
+
+
+def reachable_ratio(items: Sequence[Item], total_parameters: int) -> float:
+    """The largest ratio that these items can give."""
+    return sum(item.removed(item.lowest()) for item in items) / total_parameters

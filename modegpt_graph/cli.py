@@ -13,6 +13,7 @@ from modegpt_graph.commands.analyze import analyze
 from modegpt_graph.commands.compress import compress
 from modegpt_graph.commands.evaluate import evaluate
 from modegpt_graph.commands.explain import explain
+from modegpt_graph.commands.patterns import check, list_patterns
 from modegpt_graph.commands.verify import verify
 from modegpt_graph.errors import ModegptError
 
@@ -34,6 +35,10 @@ for name, command in (
     ("explain", explain),
 ):
     app.command(name, epilog=EXIT_CODES)(command)
+patterns = typer.Typer(help="Pattern files: what is looked for in a model's graph.", no_args_is_help=False)
+patterns.command("list", epilog=EXIT_CODES)(list_patterns)
+patterns.command("check", epilog=EXIT_CODES)(check)
+app.add_typer(patterns, name="patterns", epilog=EXIT_CODES)
 
 
 def _version(asked: bool) -> None:

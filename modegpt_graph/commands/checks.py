@@ -65,16 +65,16 @@ def text_source(option: str, source: str) -> None:
         raise InputError(f"{option} {source}: there is no such file")
 
 
-def pattern_sources(paths: list[Path]) -> None:
+def pattern_sources(paths: list[Path], option: str = "--patterns") -> None:
     """Every one a `.toml` file or a folder that has some."""
     for path in paths:
         if path.is_dir():
             if not any(path.glob("*.toml")):
-                raise InputError(f"--patterns {path}: there is no .toml file in this folder")
+                raise InputError(f"{option} {path}: there is no .toml file in this folder")
         elif not path.is_file():
-            raise InputError(f"--patterns {path}: there is no such file or folder")
+            raise InputError(f"{option} {path}: there is no such file or folder")
         elif path.suffix != ".toml":
-            raise InputError(f"--patterns {path}: a pattern file ends in .toml")
+            raise InputError(f"{option} {path}: a pattern file ends in .toml")
 
 
 def _writable(folder: Path, what: str) -> None:

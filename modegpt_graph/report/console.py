@@ -18,17 +18,20 @@ from modegpt_graph.report.ranks import rank_series, sparkline
 WIDEST = 132
 
 
-def render_analysis(analysis: Analysis, console: Console, *, next_step: bool = True) -> None:
-    """Header, one line for each group of equal sites, why each was decided so, what was left alone, what to do next."""
+def render_analysis(analysis: Analysis, console: Console, *, next_step: bool = True, unmatched: bool = True) -> None:
+    """Header, one line for each group of equal sites, why each was decided so, what was left alone, what to do next.
+
+    next_step: whether to name the command that follows.   unmatched: whether to list what no pattern took.
+    """
     width = min(console.width, WIDEST)
     groups = fold_sites(analysis.sites)
     console.print(_header(analysis), width=width)
     if groups:
         console.print(_sites_table(groups), width=width)
         _section(console, "Why", _reasons(groups), width)
-    unmatched = fold_unmatched(analysis.unmatched)
-    if unmatched:
-        _section(console, "Left alone, no pattern took them", _unmatched(unmatched), width)
+    left = fold_unmatched(analysis.unmatched) if unmatched else ()
+    if left:
+        _section(console, "Left alone, no pattern took them", _unmatched(left), width)
     if next_step:
         usable = sum(site.decomposition is not None for site in analysis.sites)
         line = words.next_step(analysis.model.name, usable)

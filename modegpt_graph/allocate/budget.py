@@ -114,9 +114,7 @@ def meet(
     ranks = dict(ranks)
     gap = target - removed_parameters(items, ranks)  # positive: too little goes
     lowering: bool | None = None
-    queue: list[
-        tuple[float, int, int, int]
-    ] = []  # (penalty per parameter, index of the item, new rank, parameters moved)
+    queue: list[tuple[float, int, int, int]] = []  # (penalty per parameter, item, new rank, parameters moved)
 
     def push(index: int) -> None:
         item, rank = items[index], ranks[items[index].id]

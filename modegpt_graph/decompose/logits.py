@@ -29,6 +29,7 @@ class Kinds:
 
     @staticmethod
     def of(blocks: Sequence[Tensor], d: int) -> "Kinds":
+        """Number the blocks of all kinds; ValueError where they do not name each of `d` columns once."""
         named = torch.cat([kind.flatten() for kind in blocks]).sort().values
         if not torch.equal(named, torch.arange(d)):
             raise ValueError(f"the blocks do not name every one of {d} columns once")
@@ -54,6 +55,7 @@ class LogitsForm:
 
     @staticmethod
     def of(query_grams: Tensor, key_grams: Tensor, kinds: Kinds, scale: Scale) -> "LogitsForm":
+        """Check the Gram matrices and sum them over blocks, or over what the coefficients of a block can do."""
         queries, keys = check_gram(query_grams, "query gram"), check_gram(key_grams, "key gram")
         if queries.ndim != 4 or keys.ndim != 3 or queries.shape[2:] != keys.shape[1:] or len(queries) != len(keys):
             raise ValueError(f"query grams {tuple(queries.shape)} do not fit key grams {tuple(keys.shape)}")

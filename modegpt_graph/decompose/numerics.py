@@ -96,9 +96,10 @@ def factorise(gram: Tensor, ridge: float, name: str = "gram", unit: float | None
             pivots = lower.diagonal(dim1=-2, dim2=-1).square()
             if bool((pivots > limit * shifted.diagonal(dim1=-2, dim2=-1)).all()):
                 return Factor(lower, relative * unit)
-        if relative >= LARGEST_RIDGE:
+        following = max(relative * 10, FIRST_ESCALATED_RIDGE)
+        if following > LARGEST_RIDGE * 1.01:
             raise NumericalError(f"{name} stays singular with a ridge of {relative:g} × its mean diagonal")
-        relative = max(relative * 10, FIRST_ESCALATED_RIDGE)
+        relative = following
 
 
 def ridge_solve(gram: Tensor, right: Tensor, ridge: float, name: str = "gram") -> Tensor:

@@ -71,8 +71,7 @@ def query_key_svd(query_grams: Tensor, key_grams: Tensor, rank: int) -> QueryKey
     totals = (summed * keys).sum(dim=(1, 2))
     lost = torch.eye(d, dtype=torch.float64) - query_map @ key_map.mT
     error = float(((lost.mT @ summed @ lost) * keys).sum())
-    squares = spectrum.square().sum(0).flip(0).cumsum(0).flip(0)
-    errors = torch.cat([squares, squares.new_zeros(1)]) / squares[0]
+    errors = _errors_at_every_rank(summed, keys, query_full, key_full, totals)
     return QueryKey(query_map, key_map, ratio_of(error, float(totals.sum())), errors, spectrum)
 
 
@@ -99,6 +98,17 @@ def linear_pair(gram: Tensor, first: Tensor, second: Tensor, rank: int) -> Linea
     kept = torch.cat([values.new_zeros(1), values[:width].cumsum(0), values[:width].sum().expand(features - width)])
     errors = (1 - kept / kept[-1]).clamp_min(0) if total > 0 else torch.zeros_like(kept)
     return LinearPair(product @ basis, basis.mT, error, errors, values[:width].sqrt())
+
+
+def _errors_at_every_rank(queries: Tensor, keys: Tensor, left: Tensor, right: Tensor, totals: Tensor) -> Tensor:
+    """(d + 1,) ‖Q (I − Σ_{i≤k} a_i b_iᵀ) Kᵀ‖² over all groups, relative: the tail of the spectrum without the ridge in it."""
+    hit = ((left.mT @ queries @ keys) * right.mT).sum(-1).cumsum(-1)  # (G, d)
+    overlap = (left.mT @ queries @ left) * (right.mT @ keys @ right)
+    square = overlap.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    lost = (totals[:, None] - 2 * hit + square).sum(0).clamp_min(0)
+    total = totals.sum()
+    errors = torch.cat([total[None], lost])
+    return errors / total if total > 0 else torch.zeros_like(errors)
 
 
 def _seen(gram: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rich.text import Text
+
 from modegpt_graph.commands import checks, options
 from modegpt_graph.commands.runtime import messages, quieten, results, write_json
 from modegpt_graph.data import architectures_directory
@@ -37,7 +39,13 @@ def analyze(
     write_json(json_file, report.to_json())
     if html_file is not None:
         write_text(html_file, to_html(report.analysis))
-    render_analysis(report.analysis, results(json_file), next_step=not _configuration_only(model))
+    console = results(json_file)
+    bare = _configuration_only(model)
+    render_analysis(report.analysis, console, next_step=not bare)
+    if bare:
+        console.print()
+        line = "there are no weights here to compress; name a folder or hub id that has them"
+        console.print(Text.assemble(("Next  ", "bold"), line), soft_wrap=True)
 
 
 def _configuration_only(model: str) -> bool:

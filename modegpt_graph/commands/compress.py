@@ -1,5 +1,6 @@
 """`compress`: a smaller model in a folder."""
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -128,4 +129,5 @@ def compress(
     console = results(json_file)
     render_outcome(report.analysis, report.outcome, console)
     console.print()
-    console.print(f"Saved in {out}", markup=False, soft_wrap=True)
+    reasons = f"modegpt-graph explain {shlex.quote(str(out))}"
+    console.print(f"Saved in {out}. The reasons, layer by layer: {reasons}", markup=False, soft_wrap=True)

@@ -101,7 +101,7 @@ def linear_pair(gram: Tensor, first: Tensor, second: Tensor, rank: int) -> Linea
 
 
 def _errors_at_every_rank(queries: Tensor, keys: Tensor, left: Tensor, right: Tensor, totals: Tensor) -> Tensor:
-    """(d + 1,) ‖Q (I − Σ_{i≤k} a_i b_iᵀ) Kᵀ‖² over all groups, relative: the tail of the spectrum without the ridge in it."""
+    """(d + 1,) ‖Q (I − Σ_{i≤k} a_i b_iᵀ) Kᵀ‖² over all groups, relative: the spectrum's tail without the ridge."""
     hit = ((left.mT @ queries @ keys) * right.mT).sum(-1).cumsum(-1)  # (G, d)
     overlap = (left.mT @ queries @ left) * (right.mT @ keys @ right)
     square = overlap.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)

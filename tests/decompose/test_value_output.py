@@ -16,7 +16,7 @@ def rand(*shape, seed=0):
 
 
 def head_outputs(seed=0):
-    """O (G, HEADS, TOKENS, SIZE), whose heads differ as different position mixing makes them; W (G, HEADS, SIZE, WIDTH)."""
+    """O (G, HEADS, TOKENS, SIZE), whose heads differ as their position mixing does; W (G, HEADS, SIZE, WIDTH)."""
     size = torch.rand(1, HEADS, 1, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return (rand(G, 1, TOKENS, SIZE, seed=seed) + rand(G, HEADS, TOKENS, SIZE, seed=seed + 1)) * size, rand(
         G, HEADS, SIZE, WIDTH, seed=seed + 2

@@ -1,6 +1,5 @@
 """The command line: commands, and how each error becomes one line and an exit code."""
 
-import importlib.metadata
 import io
 import sys
 from collections.abc import Sequence
@@ -43,6 +42,8 @@ app.add_typer(patterns, name="patterns", epilog=EXIT_CODES)
 
 def _version(asked: bool) -> None:
     if asked:
+        import importlib.metadata
+
         try:
             number = importlib.metadata.version(PROGRAM)
         except importlib.metadata.PackageNotFoundError:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Per-layer lists are told by their length; these lists are per model, whatever their length.
-LISTS_THAT_ARE_NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id")
+from modegpt_graph.models.depth import shallow
+
 SMALL_VECTOR_NOISE = 0.1
 
 
@@ -63,32 +63,3 @@ def random_model(config: Any, *, seed: int, max_layers: int, trust_remote_code: 
                 if parameter.ndim == 1:
                     parameter.add_(SMALL_VECTOR_NOISE * torch.randn_like(parameter))
     return model
-
-
-def shallow(config: Any, max_layers: int) -> Any:
-    """A copy of `config` with at most `max_layers` layers, its per-layer lists cut to match.
-
-    A list is per-layer when it is as long as the model is deep. Nested text configurations are cut too.
-    """
-    text = config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers
-    if layers <= max_layers:
-        return copy.deepcopy(config)
-    stored = _cut(text, layers, max_layers)
-    if text is config:
-        return type(config).from_dict(stored)
-    whole = copy.deepcopy(config)
-    holder = next(name for name in whole.sub_configs if getattr(config, name, None) is text)
-    setattr(whole, holder, type(text).from_dict(stored))
-    return whole
-
-
-def _cut(config: Any, layers: int, max_layers: int) -> dict[str, Any]:
-    stored: dict[str, Any] = config.to_dict()
-    names = {"num_hidden_layers", config.attribute_map.get("num_hidden_layers", "num_hidden_layers")}
-    for key, value in stored.items():
-        if isinstance(value, (list, tuple)) and len(value) == layers and key not in LISTS_THAT_ARE_NOT_PER_LAYER:
-            stored[key] = list(value)[:max_layers]
-        elif key in names:
-            stored[key] = max_layers
-    return stored

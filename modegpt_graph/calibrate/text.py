@@ -1,0 +1,124 @@
+"""Text to windows of token ids, for calibration and for evaluation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.calibrate.sampling import sample_windows
+from modegpt_graph.calibrate.sources import read_text
+from modegpt_graph.errors import InputError
+from modegpt_graph.models import HubUnreachable, positions_of
+
+SELF = "self"
+# Text that the model writes costs a forward pass per token: fewer tokens than are read from a file.
+SELF_WINDOWS = 64
+SELF_WINDOW = 128
+SHORTEST_WINDOW = 128
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token ids to calibrate on.
+
+    tokens: (windows, window) int64.   description: what the text is, in words, for the report.
+    fallback_reason: why the text is not the one that was asked for; None where it is.
+    """
+
+    tokens: Tensor
+    description: str
+    fallback_reason: str | None = None
+
+
+def calibration_windows(
+    source: str | Path | Tensor,
+    tokenizer: Any,
+    *,
+    windows: int = 32,
+    window: int = 1024,
+    seed: int = 0,
+    model: nn.Module | None = None,
+) -> Calibration:
+    """`windows` windows of `window` tokens, drawn by `seed` without overlap from the text of `source`.
+
+    source: a text file, a hub data set by name, `self` (text that `model` samples), or token ids (windows, window).
+    The whole text is tokenised once and cut into windows; a seeded choice of them is returned in the text's order.
+    A text with fewer windows gives those it has; one shorter than a window gives one window of its length, from 128
+    tokens on; a window longer than the model's positions is cut to them. Each is said in the description.
+    Where the hub is out of reach and `model` is given, `self` takes its place and the reason is kept.
+    Raises InputError for missing, empty or too short text, wrongly shaped token ids, and a missing tokenizer or model.
+    """
+    if isinstance(source, Tensor):
+        tokens = checked_tokens(source)
+        return Calibration(tokens, f"token ids as given, {_size(tokens)}")
+    asked, window = window, min(window, positions_of(model) or window)
+    if str(source) == SELF:
+        return _sampled(model, seed, window, fallback_reason=None)
+    try:
+        text = read_text(source)
+    except HubUnreachable as error:
+        if model is None:
+            raise
+        return _sampled(model, seed, window, fallback_reason=str(error))
+    ids = _tokenised(text, tokenizer, source)
+    window = min(window, len(ids))
+    if window < SHORTEST_WINDOW:
+        raise InputError(f"the text of {source} has {len(ids)} tokens; calibration needs {SHORTEST_WINDOW} at least")
+    available = len(ids) // window
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    chosen = order[:windows].sort().values
+    tokens = ids[: available * window].view(available, window)[chosen]
+    fewer = f"; {windows} of {asked:,} were asked for" if (available < windows or window < asked) else ""
+    return Calibration(tokens, f"{source}, {_size(tokens)}{fewer}")
+
+
+def evaluation_windows(
+    source: str | Path | Tensor, tokenizer: Any, window: int = 2048, windows: int | None = None
+) -> Tensor:
+    """The first `windows` non-overlapping windows of the text, all whole ones where None: (windows, window) int64.
+
+    source: as for calibration, but for `self`: a model is not measured on its own words.
+    Raises InputError for missing, empty or too short text.
+    """
+    if isinstance(source, Tensor):
+        return checked_tokens(source)[:windows]
+    if str(source) == SELF:
+        raise InputError("self is text for calibration; to evaluate, give a text file or a data set's name")
+    ids = _tokenised(read_text(source, "evaluation"), tokenizer, source)
+    available = len(ids) // window
+    if not available:
+        raise InputError(f"the text of {source} has {len(ids)} tokens, fewer than one window of {window}; try --window")
+    return ids[: available * window].view(available, window)[:windows].clone()
+
+
+def checked_tokens(tokens: Tensor) -> Tensor:
+    """`tokens` as int64. Raises InputError where they are not a non-empty (windows, window ≥ 2) integer tensor."""
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.shape[1] < 2:
+        raise InputError(f"token ids must have the shape (windows, window), not {tuple(tokens.shape)}")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise InputError(f"token ids must be integers, not {tokens.dtype}")
+    if int(tokens.min()) < 0:
+        raise InputError("token ids must not be negative")
+    return tokens.detach().to(device="cpu", dtype=torch.int64)
+
+
+def _sampled(model: nn.Module | None, seed: int, window: int, *, fallback_reason: str | None) -> Calibration:
+    if model is None:
+        raise InputError("calibration text 'self' is sampled from the model, and no model was given")
+    tokens = sample_windows(model, SELF_WINDOWS, min(window, SELF_WINDOW), seed)
+    instead = f", in place of the text asked for: {fallback_reason}" if fallback_reason else ""
+    return Calibration(tokens, f"text sampled from the model itself, {_size(tokens)}{instead}", fallback_reason)
+
+
+def _tokenised(text: str, tokenizer: Any, source: str | Path) -> Tensor:
+    """Token ids (N,) of the whole text, with the special tokens that the tokenizer itself puts around a text."""
+    if tokenizer is None:
+        raise InputError(f"the model has no tokenizer to read {source} with; give token ids, or use 'self'")
+    # verbose=False: the whole text is longer than the model's context by design, which the tokenizer would warn of.
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _size(tokens: Tensor) -> str:
+    return f"{tokens.shape[0]:,} windows of {tokens.shape[1]:,} tokens"

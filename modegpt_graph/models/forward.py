@@ -1,0 +1,46 @@
+"""Calling a decoder, whatever it is: token ids in, logits out."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.errors import InputError
+
+
+def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, S) token ids to (B, S, V) logits in one pass, without a key/value cache.
+
+    A module from the transformers library is told to keep no cache; any other is called with the token ids alone.
+    Raises InputError where what it returns is no logits.
+    """
+    tokens = tokens.to(device_of(model))
+    return logits_of(model(tokens, use_cache=False) if can_generate(model) else model(tokens))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The (B, S, V) logits of a forward pass: the output itself, its `.logits`, or the first of a tuple."""
+    if isinstance(output, tuple):
+        output = output[0]
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 3:
+        raise InputError(f"the model must return (B, S, V) logits or have them as .logits, not {type(output).__name__}")
+    return logits
+
+
+def can_generate(model: nn.Module) -> bool:
+    """Whether the model has the transformers library's `generate`, and with it a key/value cache."""
+    return callable(getattr(model, "generate", None)) and getattr(model, "config", None) is not None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def positions_of(model: nn.Module | None) -> int | None:
+    """How many positions a transformers model was made for; None where its configuration names no such limit."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None

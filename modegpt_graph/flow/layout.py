@@ -1,0 +1,147 @@
+"""The layout of a site: its features as groups × blocks, and which rows and columns of which matrices belong to each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.flow.classes import Classes
+
+
+class LayoutError(ModegptError):
+    """The features of a site do not form regular groups."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Blocks of one size that are interchangeable within a group.
+
+    positions: (G, n, b) places of each block's members in the group's feature axis.
+    """
+
+    positions: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.positions.shape[2]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Features of a site. G groups (heads that share a matrix) of d features each.
+
+    fibres: (G, d) the class of every feature.   kinds: how each group's features fall into blocks.
+    members: role → (G, g, d) row (or, for a refitted role, input column) of the role's parameter that carries each
+    feature, for each of the g heads of the group.
+    """
+
+    fibres: Tensor
+    kinds: tuple[Kind, ...]
+    members: Mapping[str, Tensor]
+
+    @property
+    def groups(self) -> int:
+        return self.fibres.shape[0]
+
+    @property
+    def size(self) -> int:
+        return self.fibres.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        return max(kind.block_size for kind in self.kinds)
+
+
+def unique_fibres(classes: Tensor) -> Tensor:
+    """(heads, d) → (G, d): fibres without repeats, in order of their first appearance.
+
+    Raises LayoutError where two fibres share some of their classes but not all.
+    """
+    seen: dict[int, Tensor] = {}
+    for fibre in classes.reshape(-1, classes.shape[-1]):
+        first = int(fibre.min())
+        if first in seen and not torch.equal(seen[first].sort().values, fibre.sort().values):
+            raise LayoutError("two heads share some features but not all of them")
+        seen.setdefault(first, fibre)
+    return torch.stack(list(seen.values()))
+
+
+def kinds_of(fibres: Tensor) -> tuple[Kind, ...]:
+    """Blocks of each group by size, largest first: the positions that share a class must be kept or dropped together.
+
+    Raises LayoutError where the groups differ in how many blocks of a size they have.
+    """
+    by_size: dict[int, list[list[Tensor]]] = {}
+    for group, fibre in enumerate(fibres):
+        _, inverse, counts = fibre.unique(return_inverse=True, return_counts=True)
+        order = torch.argsort(inverse, stable=True)
+        blocks = sorted(torch.split(order, counts.tolist()), key=lambda block: int(block[0]))
+        for block in blocks:
+            by_size.setdefault(len(block), [[] for _ in fibres])[group].append(block)
+    kinds = []
+    for size in sorted(by_size, reverse=True):
+        groups = by_size[size]
+        if len({len(blocks) for blocks in groups}) != 1:
+            raise LayoutError(f"the heads differ in how many blocks of {size} features they have")
+        kinds.append(Kind(torch.stack([torch.stack(blocks) for blocks in groups])))
+    return tuple(kinds)
+
+
+def members_of(fibres: Tensor, carried: Tensor, carriers: Tensor) -> Tensor:
+    """(G, g, d) which rows carry each feature, for each of the g heads of a group.
+
+    carried: (R,) class of each of R rows.   carriers: (R,) their indices in the parameter.
+    A block of b features is carried by g·b rows; in ascending order, the first b of them are the first head's.
+    Raises LayoutError where a feature is carried by no row or by uneven numbers of them.
+    """
+    rows_of: dict[int, list[int]] = {}
+    for index, label in sorted(zip(carriers.tolist(), carried.tolist(), strict=True)):
+        rows_of.setdefault(label, []).append(index)
+    groups, size = fibres.shape
+    heads = max(len(carriers) // (groups * size), 1)
+    members = torch.empty(groups, heads, size, dtype=torch.long)
+    for group, fibre in enumerate(fibres):
+        places: dict[int, list[int]] = {}
+        for position, label in enumerate(fibre.tolist()):
+            places.setdefault(label, []).append(position)
+        for label, positions in places.items():
+            rows = rows_of.get(label, [])
+            if len(rows) != heads * len(positions):
+                raise LayoutError("a feature is not carried by the same number of rows as the others")
+            members[group][:, positions] = torch.tensor(rows).reshape(heads, len(positions))
+    return members
+
+
+def build_layout(anchor: Tensor, classes: Classes, carriers: Mapping[str, tuple[Tensor, Tensor]]) -> Layout:
+    """Layout of a site.
+
+    anchor: (heads, d) labels where the features are consumed, one row a head.
+    carriers: role → (labels, indices): the label of each row (or column) of the role, and its index in the parameter.
+    """
+    fibres = unique_fibres(classes.of(anchor))
+    if (fibres < 0).any():
+        raise LayoutError("some of the features that are consumed come from elsewhere")
+    wanted = set(fibres.reshape(-1).tolist())
+    members = {}
+    for role, (labels, indices) in carriers.items():
+        carried = classes.of(labels)
+        chosen = torch.tensor([label in wanted for label in carried.tolist()], dtype=torch.bool)
+        members[role] = members_of(fibres, carried[chosen], indices[chosen])
+    return Layout(fibres, kinds_of(fibres), members)
+
+
+def rows_to_ranges(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending indices as half-open ranges."""
+    ranges: list[list[int]] = []
+    for row in rows:
+        if ranges and ranges[-1][1] == row:
+            ranges[-1][1] = row + 1
+        else:
+            ranges.append([row, row + 1])
+    return tuple((start, stop) for start, stop in ranges)

@@ -1,0 +1,244 @@
+"""Rewrite the nodes of a graph for features that were dropped or reordered.
+
+Every tensor of the region has labels, so what its smaller version must hold is known. Data movement gets new sizes, and
+the edit is accepted only where running it on the labels gives just that; operands that carry no feature but have the
+feature axis (cos and sin tables, scales) are gathered at the positions that the kept features came from.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.flow.labels import Flow, Labels, hint, run_on_labels, shape_of
+from modegpt_graph.trace.operations import Effect, effect, operation
+
+
+class ShrinkError(ModegptError):
+    """A node that cannot be rewritten for fewer features."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which label stands where after the rewrite.
+
+    keep: (labels,) whether the place of a label stays.   source: (labels,) the label that is in that place afterwards.
+    """
+
+    keep: Tensor
+    source: Tensor
+
+    @classmethod
+    def everything(cls, count: int) -> "Selection":
+        return cls(torch.ones(count, dtype=torch.bool), torch.arange(count))
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Take elements of an operand: `take_along_dim(operand, index, axis)`.
+
+    axis: negative, from the end.   index: one axis where all heads agree, else broadcastable to the operand.
+    """
+
+    axis: int
+    index: Tensor
+
+
+@dataclass
+class Edits:
+    """What changes in a graph.
+
+    labels: node → labels of its smaller value.   arguments: node → (target, positional, keyword) arguments.
+    gathers: (node, operand) → how the operand is gathered first.
+    """
+
+    labels: dict[fx.Node, Labels] = field(default_factory=dict)
+    arguments: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    gathers: dict[tuple[fx.Node, fx.Node], Gather] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        return not self.arguments and not self.gathers
+
+
+def select(labels: Tensor, selection: Selection) -> tuple[Tensor, int | None]:
+    """(labels of the smaller tensor, the axis that shrank). Raises ShrinkError where heads would differ in size."""
+    featured = labels >= 0
+    clamped = labels.clamp(min=0)
+    mask = torch.where(featured, selection.keep[clamped], True)
+    moved = torch.where(featured, selection.source[clamped], labels)
+    if mask.all():
+        return moved, None
+    for axis in reversed(range(labels.ndim)):
+        counts = mask.sum(axis)
+        count = int(counts.reshape(-1)[0])
+        if (counts == count).all():
+            last = moved.movedim(axis, -1)[mask.movedim(axis, -1)]
+            shape = [size for i, size in enumerate(labels.shape) if i != axis]
+            return last.reshape(*shape, count).movedim(-1, axis), axis
+    raise ShrinkError("the kept features do not form a regular tensor")
+
+
+def origins(labels: Tensor, smaller: Tensor, axis: int) -> Tensor:
+    """Where along `axis` each element of the smaller tensor came from; axes along which this is equal have size 1."""
+    old, new = labels.movedim(axis, -1), smaller.movedim(axis, -1)
+    order = old.argsort(dim=-1, stable=True)
+    ranked = old.gather(-1, order).contiguous()
+    found = torch.searchsorted(ranked, new.contiguous()).clamp(max=old.shape[-1] - 1)
+    index = order.gather(-1, found).movedim(-1, axis)
+    for other in range(index.ndim):
+        if other != axis and (index == index.narrow(other, 0, 1)).all():
+            index = index.narrow(other, 0, 1)
+    return index
+
+
+def shrink(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> Edits:
+    """Edits that make every node of `region` (in topological order) right for `selection`.
+
+    Raises ShrinkError, naming the node, where that is impossible.
+    """
+    edits = Edits()
+    for node, labels in flow.labels.items():
+        if node not in region:
+            edits.labels[node] = _select_all(node, labels, selection)
+    for node in region:
+        if node in flow.labels:
+            edits.labels[node] = _select_all(node, flow.labels[node], selection)
+            _edit(node, flow, edits, selection)
+        elif effect(node) is Effect.ATTENTION:
+            _keep_scale(node, flow, edits)
+    return edits
+
+
+def _select_all(node: fx.Node, labels: Labels, selection: Selection) -> Labels:
+    try:
+        if isinstance(labels, tuple):
+            return tuple(select(part, selection)[0] for part in labels)
+        return select(labels, selection)[0]
+    except ShrinkError as error:
+        raise ShrinkError(f"`{node.name}` ({operation(node)}): {error}") from None
+
+
+def _edit(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> None:
+    kind = effect(node)
+    if kind is Effect.MOVE:
+        _edit_move(node, flow, edits, selection)
+    elif kind in (Effect.SUM, Effect.PRODUCT):
+        _gather_sides(node, flow, edits, selection)
+    elif kind is Effect.ATTENTION:
+        _keep_scale(node, flow, edits)
+
+
+def _edit_move(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> None:
+    expected = edits.labels[node]
+    for target, args, kwargs in _candidates(node, flow, edits, selection):
+        try:
+            found = _run(node, target, edits.labels, args, kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            continue
+        if _equal(found, expected):
+            if target is not node.target or args != node.args or kwargs != node.kwargs:
+                edits.arguments[node] = (target, args, kwargs)
+            return
+    raise ShrinkError(f"`{node.name}` ({operation(node)}) cannot be rewritten for fewer features")
+
+
+def _run(node: fx.Node, target: Any, labels: Mapping[fx.Node, Labels], args: Any, kwargs: Any) -> Any:
+    if target is node.target:
+        return run_on_labels(node, labels, args, kwargs)
+    filled = [labels[arg] if isinstance(arg, fx.Node) and arg in labels else hint(arg) for arg in args]
+    result = target(*filled, **kwargs)
+    return tuple(result) if isinstance(result, (list, tuple)) else result
+
+
+def _equal(found: Any, expected: Labels) -> bool:
+    if isinstance(expected, tuple):
+        return isinstance(found, tuple) and len(found) == len(expected) and all(map(torch.equal, found, expected))
+    return isinstance(found, Tensor) and torch.equal(found, expected)
+
+
+def _candidates(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> Iterator[tuple[Any, tuple, dict]]:
+    """Ways to say a data movement again, the unchanged one first."""
+    yield node.target, node.args, dict(node.kwargs)
+    name, args, kwargs = operation(node), list(node.args), dict(node.kwargs)
+    expected = edits.labels[node]
+    if isinstance(expected, Tensor) and len(args) > 1 and isinstance(args[1], (list, tuple)):
+        old = shape_of(node)
+        sizes = [
+            new if isinstance(size, int) and size >= 0 and new != was else size
+            for size, new, was in zip(args[1], expected.shape, old, strict=False)
+        ]
+        yield node.target, (args[0], sizes, *args[2:]), kwargs
+        yield node.target, (args[0], list(map(int, expected.shape)), *args[2:]), kwargs
+    source = flow.labels.get(args[0]) if isinstance(args[0], fx.Node) else None
+    if not isinstance(source, Tensor):
+        return
+    if name == "slice" and len(args) >= 4:
+        axis, start, stop = args[1], args[2] or 0, args[3]
+        counts = _kept_before(source, axis, selection)
+        stop_mapped = stop if stop is None or stop >= source.shape[axis] else counts(stop)
+        yield node.target, (args[0], axis, counts(start), stop_mapped, *args[4:]), kwargs
+    if name in ("split", "split_with_sizes", "chunk", "tensor_split") and isinstance(expected, tuple):
+        axis = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        sizes = [int(part.shape[axis]) for part in expected]
+        yield torch.ops.aten.split_with_sizes.default, (args[0], sizes, axis), {}
+    if name == "roll" and len(args) > 2:
+        counts = _kept_before(source, args[2][0], selection)
+        size = source.shape[args[2][0]]
+        shift = args[1][0]
+        yield node.target, (args[0], [counts(shift % size)], args[2]), kwargs
+
+
+def _kept_before(labels: Tensor, axis: int, selection: Selection):
+    """Function from a position along `axis` to the number of kept elements before it."""
+    lines = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[:1]
+    kept = torch.where(lines >= 0, selection.keep[lines.clamp(min=0)], True)[0]
+
+    def count(position: int) -> int:
+        if position < 0:
+            position += len(kept)
+        return int(kept[:position].sum())
+
+    return count
+
+
+def _gather_sides(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> None:
+    labels, smaller = flow.labels[node], edits.labels[node]
+    assert isinstance(labels, Tensor) and isinstance(smaller, Tensor)
+    _, shrunk = select(labels, selection)
+    axes = [shrunk] if shrunk is not None else [a for a in range(labels.ndim) if labels.shape[a] > 1]
+    for axis in axes:
+        for side in node.all_input_nodes:
+            if side in flow.labels or not isinstance(side.meta.get("val"), Tensor):
+                continue
+            _gather_side(node, side, axis, labels, smaller, edits)
+
+
+def _gather_side(node: fx.Node, side: fx.Node, axis: int, labels: Tensor, smaller: Tensor, edits: Edits) -> None:
+    shape = shape_of(side)
+    offset = axis - labels.ndim  # negative, from the end
+    if len(shape) < -offset or shape[offset] == 1:
+        return
+    same_set = torch.equal(labels.sort(dim=axis).values, smaller.sort(dim=axis).values)
+    if labels.shape[axis] == smaller.shape[axis] and not same_set:
+        return  # features moved between other axes; those axes are gathered on their own
+    index = origins(labels, smaller, axis)
+    if index.shape[axis] == labels.shape[axis] and torch.equal(index, torch.arange(index.shape[axis]).reshape(
+        [-1 if a == axis else 1 for a in range(index.ndim)]
+    ).expand_as(index)):
+        return
+    if index.numel() == index.shape[axis]:
+        index = index.reshape(-1)
+    edits.gathers[node, side] = Gather(offset, index)
+
+
+def _keep_scale(node: fx.Node, flow: Flow, edits: Edits) -> None:
+    """Attention keeps the scale of the original head dimension."""
+    if operation(node) != "scaled_dot_product_attention" or node.args[0] not in flow.labels:
+        return
+    if node.kwargs.get("scale") is None:
+        scale = float(shape_of(node.args[0])[-1]) ** -0.5
+        edits.arguments[node] = (node.target, node.args, {**node.kwargs, "scale": scale})

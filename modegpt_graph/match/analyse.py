@@ -1,0 +1,224 @@
+"""From a traced model to its sites: every pattern matched, every site certified, every other matrix explained."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.flow.layout import Layout, LayoutError, rows_to_ranges
+from modegpt_graph.match.certify import certify
+from modegpt_graph.match.commutant import Finding, find_commutant
+from modegpt_graph.match.decoder import decoder_matrices
+from modegpt_graph.match.footprint import Outline, locate, outline
+from modegpt_graph.match.matcher import Match, Matcher, Miss
+from modegpt_graph.match.patterns import Pattern
+from modegpt_graph.match.reasons import decide, refusal
+from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, SiteType, Unmatched
+from modegpt_graph.trace.graph import Graph, normalise
+from modegpt_graph.trace.export import Trace
+
+TYPES: tuple[SiteType, ...] = ("III", "I", "II")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A site with what later stages need of it: its outline in the traced graph, and its layout where it has one."""
+
+    site: Site
+    outline: Outline
+    layout: Layout | None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The analysis of a model, and its sites with their layouts."""
+
+    analysis: Analysis
+    located: tuple[Located, ...]
+
+
+@dataclass(frozen=True)
+class _Examined:
+    layout: Layout | None
+    finding: Finding | None
+    certificate: Certificate
+    obstacle: str | None
+
+
+def survey(trace: Trace, patterns: Sequence[Pattern], name: str, architecture: str) -> Survey:
+    """Find every site of a traced model.
+
+    Raises ModegptError where the model has no decoder-layer matrices.
+    """
+    graph = normalise(trace)
+    matrices = decoder_matrices(trace)
+    if not matrices:
+        raise ModegptError(f"{name}: no decoder-layer weight matrix was found in the traced graph")
+    matcher = Matcher(graph)
+    matches: list[Match] = []
+    misses: list[Miss] = []
+    for pattern in patterns:
+        found, missed = matcher.find(pattern)
+        matches += found
+        misses += missed
+    located = _sites(graph, matches, matrices)
+    return Survey(_analysis(graph, located, misses, matrices, name, architecture), tuple(located))
+
+
+def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) -> list[Located]:
+    examined: dict[object, _Examined] = {}
+    taken: dict[str, list[tuple[int, int]]] = {}
+    located: list[Located] = []
+    identities: set[str] = set()
+    uses = _group_by_matrices(graph, matches)
+    for (pattern, *weights), group in uses.items():
+        if not all(weight in matrices for _, weight in weights):
+            continue
+        sketch = outline(graph, group[0])
+        signature = sketch.signature()
+        if signature not in examined:
+            examined[signature] = _examine(sketch)
+        result = examined[signature]
+        reused = {graph.linears[weight][0]: len(graph.linears[weight]) for _, weight in weights}
+        if any(count != len(group) for count in reused.values()):
+            result = _Examined(None, None, Certificate("structural", None, False), "one of its matrices is also used elsewhere")
+        roles = _roles(sketch, result.layout)
+        if any(_overlap(role, taken) for role in roles.values()):
+            continue
+        for role in roles.values():
+            taken.setdefault(role.parameter, []).extend(role.rows)
+        layer = min(matrices[role.parameter] for role in roles.values())
+        identity = _identity(pattern, roles, identities)
+        located.append(Located(_site(identity, sketch, result, roles, layer), sketch, result.layout))
+    return sorted(located, key=lambda one: (one.site.layer, graph.place(one.outline.end)))
+
+
+def _group_by_matrices(graph: Graph, matches: Iterable[Match]) -> dict[tuple, list[Match]]:
+    """Matches of one pattern on the same matrices are one site, used more than once."""
+    groups: dict[tuple, list[Match]] = {}
+    for match in matches:
+        weights = tuple((role, graph.linear(key).weight) for role, key in match.linears.items())
+        groups.setdefault((match.pattern.name, *weights), []).append(match)
+    return groups
+
+
+def _examine(sketch: Outline) -> _Examined:
+    try:
+        footprint = locate(sketch)
+    except LayoutError as error:
+        return _Examined(None, None, Certificate("structural", None, False), str(error))
+    finding = find_commutant(footprint)
+    certificate, probe = certify(footprint, finding)
+    return _Examined(footprint.layout, finding, certificate, probe.obstacle)
+
+
+def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
+    roles = {}
+    for role, linear in {**sketch.producers, **sketch.consumers}.items():
+        rows, _ = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
+        if role in sketch.producers and layout is not None:
+            ranges = rows_to_ranges(sorted(layout.members[role].reshape(-1).tolist()))
+        else:
+            ranges = ((0, rows),)
+        roles[role] = Role(linear.weight, ranges)
+    return roles
+
+
+def _overlap(role: Role, taken: Mapping[str, Sequence[tuple[int, int]]]) -> bool:
+    return any(
+        start < stop_taken and start_taken < stop
+        for start, stop in role.rows
+        for start_taken, stop_taken in taken.get(role.parameter, ())
+    )
+
+
+def _identity(pattern: str, roles: Mapping[str, Role], identities: set[str]) -> str:
+    """Module path and pattern; a number where that is not unique."""
+    path = os.path.commonprefix([role.parameter.split(".")[:-1] for role in roles.values()])
+    base = f"{'.'.join(path)}:{pattern}"
+    identity, number = base, 2
+    while identity in identities:
+        identity, number = f"{base}-{number}", number + 1
+    identities.add(identity)
+    return identity
+
+
+def _site(identity: str, sketch: Outline, result: _Examined, roles: Mapping[str, Role], layer: int) -> Site:
+    pattern, layout, finding = sketch.match.pattern, result.layout, result.finding
+    if finding is None or layout is None:
+        return Site(
+            identity, pattern.name, sketch.match.variant, pattern.paper_type or "I", pattern.paper_type or "I", roles,
+            (), 0, "none", None, result.certificate, None, refusal(result.obstacle), layer, 1, 0,
+        )
+    method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle)
+    kind = TYPES[min(finding.nonlinearities, 2)]
+    return Site(
+        id=identity,
+        pattern=pattern.name,
+        variant=sketch.match.variant,
+        type=kind,
+        paper_type=pattern.paper_type or kind,
+        roles=roles,
+        between=finding.between,
+        nonlinearities=finding.nonlinearities,
+        commutant=finding.commutant,
+        block_size=finding.block_size,
+        certificate=result.certificate,
+        decomposition=method,
+        reason=reason,
+        layer=layer,
+        groups=layout.groups,
+        full_rank=layout.size,
+    )
+
+
+def _analysis(
+    graph: Graph,
+    located: Sequence[Located],
+    misses: Sequence[Miss],
+    matrices: Mapping[str, int],
+    name: str,
+    architecture: str,
+) -> Analysis:
+    model = graph.trace.module
+    sizes = {matrix: model.get_parameter(matrix).numel() for matrix in matrices}
+    in_sites = {role.parameter for one in located for role in one.site.roles.values()}
+    unmatched = tuple(_unmatched(graph, matrix, misses) for matrix in matrices if matrix not in in_sites)
+    facts = ModelFacts(name, architecture, sum(p.numel() for p in model.parameters()), sum(sizes.values()))
+    covered = sum(map(_covered, located))
+    return Analysis(facts, tuple(one.site for one in located), unmatched, covered / sum(sizes.values()))
+
+
+def _covered(located: Located) -> int:
+    """Parameters of the matrices that belong to a site."""
+    sketch, total = located.outline, 0
+    for role, linear in {**sketch.producers, **sketch.consumers}.items():
+        shape = tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape)
+        total += linear.shape(shape)[1] * sum(stop - start for start, stop in located.site.roles[role].rows)
+    return total
+
+
+def _unmatched(graph: Graph, matrix: str, misses: Sequence[Miss]) -> Unmatched:
+    keys = graph.linears.get(matrix, [])
+    if not keys:
+        shape = "×".join(map(str, graph.trace.module.get_parameter(matrix).shape))
+        users = _users(graph, matrix)
+        return Unmatched(matrix, None, f"it is not multiplied as one matrix: its {shape} values go to {users}")
+    near = [miss for miss in misses if set(keys) & set(miss.linears.values())]
+    if not near:
+        return Unmatched(matrix, None, "no pattern reaches it: nothing that a pattern ends in reads its output")
+    best = max(near, key=lambda miss: miss.matched)
+    return Unmatched(matrix, best.pattern, str(best))
+
+
+def _users(graph: Graph, parameter: str) -> str:
+    trace = graph.trace
+    names = {
+        str(user.target).removeprefix("aten.").split(".")[0]
+        for node in trace.graph.nodes
+        if trace.state.get(node.name) == parameter
+        for user in node.users
+    }
+    return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"

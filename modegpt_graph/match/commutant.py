@@ -1,0 +1,89 @@
+"""What stands between the matrices of a site commutes with: every mixing of features, columns, blocks, or nothing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from modegpt_graph.flow.labels import reachable
+from modegpt_graph.match.footprint import Footprint
+from modegpt_graph.match.sites import Commutant
+from modegpt_graph.trace.operations import Effect, effect, operation
+
+TRANSPARENT = {Effect.MOVE, Effect.SAME, Effect.CACHE, Effect.SIZE}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the table of effects says of a site.
+
+    between: operations from the matrices to where the features are consumed, in order.
+    nonlinearities: sides of the site with an operation that does not commute with a mixing of features (0 to 2).
+    coupled_by: operations that make every feature depend on every other, where `commutant` is `none`.
+    proven: whether every operation is in the table.   unknown: those that are not.
+    """
+
+    commutant: Commutant
+    block_size: int | None
+    nonlinearities: int
+    between: tuple[str, ...]
+    coupled_by: tuple[str, ...]
+    proven: bool
+    unknown: tuple[str, ...]
+
+
+def find_commutant(footprint: Footprint) -> Finding:
+    """Read a site's commutant off what its operations do to the features."""
+    flow, layout = footprint.flow, footprint.layout
+    sides = [_side(operand, footprint) for operand in footprint.outline.operands]
+    nonlinear = [node for node in footprint.outline.region if node in flow.nonlinear]
+    count = sum(any(node in side for node in nonlinear) for side in sides)
+    coupled = tuple(dict.fromkeys(operation(n) for n in nonlinear if effect(n) is Effect.REDUCE))
+    unknown = tuple(dict.fromkeys(operation(node) for node in flow.unknown))
+    commutant: Commutant
+    if not nonlinear:
+        commutant, block_size = "linear", 1
+    elif layout.block_size == 1:
+        commutant, block_size = "columns", 1
+    elif layout.block_size < layout.size and layout.kinds[0].count > 1:
+        commutant, block_size = "blocks", layout.block_size
+    else:
+        commutant, block_size = "none", None
+    return Finding(commutant, block_size, count, _between(footprint), coupled, not unknown, unknown)
+
+
+def _side(operand: fx.Node, footprint: Footprint) -> set[fx.Node]:
+    region = set(footprint.outline.region)
+    return (reachable([operand], lambda node: node not in region, forward=False) & region) | {operand}
+
+
+def _between(footprint: Footprint) -> tuple[str, ...]:
+    names: list[str] = []
+    for node in footprint.outline.region:
+        if node not in footprint.flow.labels and effect(node) is not Effect.ATTENTION:
+            continue
+        kind = effect(node)
+        if kind in TRANSPARENT:
+            continue
+        name = "mix" if kind in (Effect.ATTENTION, Effect.PRODUCT_SUM) else operation(node)
+        names.append(name)
+    rotation = _rotation(footprint)
+    if rotation:
+        names = [name for name in names if name not in ("mul", "neg", "add", "sub")]
+        names.append(rotation)
+    return tuple(dict.fromkeys(names))
+
+
+def _rotation(footprint: Footprint) -> str | None:
+    """`rotary (half-split)` or `rotary (interleaved)`, read off the offsets of the coupled pairs."""
+    kind = footprint.layout.kinds[0]
+    if kind.block_size != 2:
+        return None
+    first, second = kind.positions[0, :, 0], kind.positions[0, :, 1]
+    offsets: Tensor = (second - first).unique()
+    if offsets.numel() != 1:
+        return "pairs"
+    if int(offsets) == 1 and kind.count > 1:
+        return "rotary (interleaved)"
+    half = int(offsets) == kind.count and torch.equal(first.sort().values, first)
+    return "rotary (half-split)" if half else "pairs"

@@ -1,0 +1,219 @@
+"""Where a match stands in the traced graph: its region, its features, and its layout."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from modegpt_graph.flow.labels import Flow, Labels, follow, reachable, run_on_labels, shape_of
+from modegpt_graph.flow.layout import Layout, LayoutError, build_layout
+from modegpt_graph.match.matcher import Match
+from modegpt_graph.trace.graph import Graph
+from modegpt_graph.trace.linear import Linear
+from modegpt_graph.trace.operations import Effect, effect, is_data, operation
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A match in its traced graph.
+
+    producers: role → product with the matrix whose rows are selected.   consumers: role → the one that is fitted again.
+    operands: nodes whose values are consumed at the end of the region: the inputs of the consumers, or the two operands
+    of the scores.   region: the nodes in between, in topological order.
+    """
+
+    graph: Graph
+    match: Match
+    producers: Mapping[str, Linear]
+    consumers: Mapping[str, Linear]
+    operands: tuple[fx.Node, ...]
+    end: fx.Node
+    region: tuple[fx.Node, ...]
+
+    def signature(self) -> tuple[object, ...]:
+        """What two outlines share exactly when the same things stand between matrices of the same shapes."""
+        places: dict[fx.Node, object] = {}
+
+        def place(node: fx.Node) -> object:
+            if node not in places:
+                value = node.meta.get("val")
+                places[node] = (len(places), str(getattr(value, "shape", None)), str(getattr(value, "dtype", None)))
+            return places[node]
+
+        linears = tuple(
+            (role, place(linear.node), linear.transposed, linear.bias is None)
+            for role, linear in [*self.producers.items(), *self.consumers.items()]
+        )
+        nodes = tuple(
+            (str(node.target), str(fx.map_arg((node.args, node.kwargs), place)), place(node)) for node in self.region
+        )
+        ends = tuple(place(node) for node in (*self.operands, self.end))
+        return self.match.pattern.name, self.match.variant, linears, nodes, ends
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """An outline with its features followed.
+
+    offsets: weight name → its first label.   members: role → (G, g, d) labels of the rows that are selected.
+    """
+
+    outline: Outline
+    offsets: Mapping[str, int]
+    flow: Flow
+    layout: Layout
+
+    @property
+    def members(self) -> dict[str, Tensor]:
+        return {
+            role: self.layout.members[role] + self.offsets[linear.weight]
+            for role, linear in self.outline.producers.items()
+        }
+
+
+def starts_of(linears: Sequence[Linear]) -> tuple[dict[fx.Node, Tensor], dict[str, int], int]:
+    """Fresh labels for the outputs of matrix products: (node → labels, weight → first label, number of labels)."""
+    starts: dict[fx.Node, Tensor] = {}
+    offsets: dict[str, int] = {}
+    count = 0
+    for linear in linears:
+        shape = shape_of(linear.node)
+        if linear.weight not in offsets:
+            offsets[linear.weight] = count
+            count += shape[-1]
+        first = offsets[linear.weight]
+        starts[linear.node] = torch.arange(first, first + shape[-1]).expand(shape).contiguous()
+    return starts, offsets, count
+
+
+def nodes_between(starts: Sequence[fx.Node], ends: Sequence[fx.Node], stops: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """Nodes on a path from `starts` to `ends` that passes no other node where `stops` holds; `ends` belong to it."""
+    forward = reachable(starts, stops, forward=True)
+    backward = reachable(ends, stops, forward=False) | set(ends)
+    return forward & backward
+
+
+def outline(graph: Graph, match: Match) -> Outline:
+    """Where a match begins and ends, and what stands in between."""
+    decomposition = match.pattern.decomposition
+    producers = {role: _linear(graph, match.linears[role]) for role in decomposition.select}
+    consumers = {role: _linear(graph, match.linears[role]) for role in decomposition.refit}
+    if consumers:
+        end = next(iter(consumers.values())).node
+        operands = tuple(linear.source for linear in consumers.values())
+    else:
+        end = graph.traced(match.operations["scores"])
+        operands = _score_operands(end)
+    starts = [linear.node for linear in producers.values()]
+    inside = nodes_between(starts, operands, graph.is_linear)
+    region = sorted((node for node in inside if is_data(node) and not graph.is_linear(node)), key=graph.place)
+    return Outline(graph, match, producers, consumers, operands, end, tuple(region))
+
+
+def locate(found: Outline) -> Footprint:
+    """Follow the features of a match from its producers to where they are consumed.
+
+    Raises LayoutError where the features do not form regular groups, or are read elsewhere too.
+    """
+    starts, offsets, count = starts_of(list(found.producers.values()))
+    carried = {role: _carriers(found, role, linear, starts, count) for role, linear in found.producers.items()}
+    own = torch.cat(list(carried.values()))
+    flow = follow(found.region, {node: torch.where(torch.isin(s, own), s, -1) for node, s in starts.items()}, count)
+    if not found.consumers:
+        _contract(found.end, found.operands, flow)
+    carriers = {role: (labels, labels - offsets[found.producers[role].weight]) for role, labels in carried.items()}
+    for role, linear in found.consumers.items():
+        labels = _labels_at(linear.source, flow)
+        carriers[role] = (labels.reshape(-1, labels.shape[-1])[0], torch.arange(labels.shape[-1]))
+    layout = build_layout(_anchor(found, flow), flow.classes, carriers)
+    _refuse_escapes(found, flow, layout)
+    return Footprint(found, offsets, flow, layout)
+
+
+def _linear(graph: Graph, key: str) -> Linear:
+    linear = graph.linear(key)
+    assert linear is not None, f"{key} is no product with a matrix"
+    return linear
+
+
+def _score_operands(end: fx.Node) -> tuple[fx.Node, ...]:
+    args = end.args[1:] if operation(end) == "baddbmm" else end.args
+    query, key = args[0], args[1]
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    return query, key
+
+
+def _labels_at(node: fx.Node, flow: Flow) -> Tensor:
+    labels = flow.labels.get(node)
+    if not isinstance(labels, Tensor):
+        raise LayoutError(f"the features cannot be followed to `{node.name}`: {_lost(flow)}")
+    return labels
+
+
+def _lost(flow: Flow) -> str:
+    names = ", ".join(f"`{operation(node)}`" for node in flow.unknown)
+    return f"what {names} does to them is not known" if names else "they are summed or cut off on the way"
+
+
+def _contract(end: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> None:
+    """Query and key features meet in the product."""
+    query, key = (_labels_at(operand, flow) for operand in operands)
+    if effect(end) is not Effect.ATTENTION:
+        key = key.transpose(-1, -2)
+    query, key = query.narrow(-2, 0, 1), key.narrow(-2, 0, 1)
+    if query.ndim == key.ndim == 4 and query.shape[1] != key.shape[1]:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    if query.shape != key.shape:
+        raise LayoutError("query and key do not meet feature by feature")
+    flow.classes.join(query, key)
+
+
+def _anchor(found: Outline, flow: Flow) -> Tensor:
+    """(heads, d) labels where the features are consumed."""
+    graph, match, operands, end = found.graph, found.match, found.operands, found.end
+    if "scores" in match.operations and not match.pattern.decomposition.refit:
+        labels = _labels_at(operands[1], flow)
+        if effect(end) is not Effect.ATTENTION:
+            labels = labels.transpose(-1, -2)
+    elif "mix" in match.operations:
+        mix = graph.traced(match.operations["mix"])
+        labels = _labels_at(mix.args[2] if effect(mix) is Effect.ATTENTION else mix.args[1], flow)
+    else:
+        return _labels_at(operands[0], flow).reshape(-1, shape_of(operands[0])[-1])[:1]
+    labels = labels.narrow(-2, 0, 1).squeeze(-2)
+    return labels.reshape(-1, labels.shape[-1])
+
+
+def _carriers(found: Outline, role: str, linear: Linear, starts: Mapping[fx.Node, Tensor], count: int) -> Tensor:
+    """Labels of the rows of a matrix that reach the role's value, alone or mixed with others of the role."""
+    own = starts[linear.node].reshape(-1, shape_of(linear.node)[-1])[0]
+    value = found.graph.traced(found.match.values[role])
+    if value is linear.node:
+        return own
+    upstream = reachable([value], lambda node: node is linear.node, forward=False) | {value}
+    alone = follow([node for node in found.region if node in upstream], {linear.node: starts[linear.node]}, count)
+    classes = alone.classes.of(own)
+    return own[torch.isin(classes, alone.classes.of(_labels_at(value, alone).unique()))]
+
+
+def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
+    """Features that something outside the region reads cannot be dropped."""
+    classes = layout.fibres.unique()
+    inside = {*found.region, found.end}
+    queue = [(node, labels) for node, labels in flow.labels.items()]
+    outside: dict[fx.Node, Labels] = {}
+    while queue:
+        node, _ = queue.pop()
+        for user in node.users:
+            if user in inside or user in outside or user in flow.labels or not is_data(user):
+                if not (user.op == "output"):
+                    continue
+            if effect(user) is Effect.MOVE:
+                outside[user] = run_on_labels(user, {**flow.labels, **outside})
+                queue.append((user, outside[user]))
+                continue
+            labels = flow.labels.get(node, outside.get(node))
+            parts = labels if isinstance(labels, tuple) else (labels,)
+            if any(torch.isin(flow.classes.of(part.unique()), classes).any() for part in parts if part is not None):
+                raise LayoutError(f"the features are also read by `{user.name}` ({operation(user)})")

@@ -1,0 +1,135 @@
+"""The formula language of pattern files: calls, products, sums and names. Parsed, never executed.
+
+    formula := term ("+" term)*      term := factor ("*" factor)*      factor := name | name "(" formula, … ")" | "(" … ")"
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from modegpt_graph.errors import InputError
+
+LONGEST_FORMULA = 1000
+DEEPEST_FORMULA = 32
+
+
+class FormulaError(InputError):
+    """A formula that cannot be read; `column` (from 1) is where."""
+
+    def __init__(self, message: str, column: int) -> None:
+        super().__init__(message)
+        self.column = column
+
+
+@dataclass(frozen=True)
+class Name:
+    """A variable (`x`), or `_` for anything."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A role or an operation applied to arguments."""
+
+    name: str
+    arguments: tuple["Expression", ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.arguments))})"
+
+
+@dataclass(frozen=True)
+class Combine:
+    """A product or a sum of two or more parts, in any order."""
+
+    operator: str  # "*" or "+"
+    parts: tuple["Expression", ...]
+
+    def __str__(self) -> str:
+        shown = (f"({p})" if isinstance(p, Combine) and self.operator == "*" else str(p) for p in self.parts)
+        return f" {self.operator} ".join(shown)
+
+
+Expression = Name | Apply | Combine
+
+_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<mark>[()*+,]))")
+
+
+def _tokens(text: str) -> list[tuple[str, int]]:
+    found, position = [], 0
+    while text[position:].strip():
+        token = _TOKEN.match(text, position)
+        if token is None:
+            column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
+            raise FormulaError(f"unexpected character {text[column - 1]!r}", column)
+        found.append((token["name"] or token["mark"], token.end() - len(token["name"] or token["mark"]) + 1))
+        position = token.end()
+    return found
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text, self.tokens, self.index = text, _tokens(text), 0
+
+    def peek(self) -> str | None:
+        return self.tokens[self.index][0] if self.index < len(self.tokens) else None
+
+    def column(self) -> int:
+        return self.tokens[self.index][1] if self.index < len(self.tokens) else len(self.text) + 1
+
+    def take(self, expected: str) -> None:
+        if self.peek() != expected:
+            raise FormulaError(f"expected {expected!r}, found {self.peek() or 'the end'!r}", self.column())
+        self.index += 1
+
+    def combined(self, operator: str, depth: int) -> Expression:
+        if depth > DEEPEST_FORMULA:
+            raise FormulaError(f"nested deeper than {DEEPEST_FORMULA} levels", self.column())
+        parts = [self.combined("*", depth) if operator == "+" else self.factor(depth)]
+        while self.peek() == operator:
+            self.index += 1
+            parts.append(self.combined("*", depth) if operator == "+" else self.factor(depth))
+        return parts[0] if len(parts) == 1 else Combine(operator, tuple(parts))
+
+    def factor(self, depth: int) -> Expression:
+        token, column = self.peek(), self.column()
+        if token == "(":
+            self.index += 1
+            inner = self.combined("+", depth + 1)
+            self.take(")")
+            return inner
+        if token is None or not (token[0].isalpha() or token[0] == "_"):
+            raise FormulaError(f"expected a name, found {token or 'the end'!r}", column)
+        self.index += 1
+        if self.peek() != "(":
+            return Name(token)
+        self.index += 1
+        arguments = [self.combined("+", depth + 1)]
+        while self.peek() == ",":
+            self.index += 1
+            arguments.append(self.combined("+", depth + 1))
+        self.take(")")
+        return Apply(token, tuple(arguments))
+
+
+def parse(text: str) -> Expression:
+    """Read a formula. Raises FormulaError with the column where it cannot be read."""
+    if len(text) > LONGEST_FORMULA:
+        raise FormulaError(f"longer than {LONGEST_FORMULA} characters", LONGEST_FORMULA + 1)
+    parser = _Parser(text)
+    expression = parser.combined("+", 0)
+    if parser.peek() is not None:
+        raise FormulaError(f"unexpected {parser.peek()!r}", parser.column())
+    return expression
+
+
+def applications(expression: Expression) -> Iterator[Apply]:
+    """Every application in an expression, outermost first."""
+    if isinstance(expression, Apply):
+        yield expression
+    for part in getattr(expression, "arguments", getattr(expression, "parts", ())):
+        yield from applications(part)

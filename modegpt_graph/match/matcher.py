@@ -1,0 +1,262 @@
+"""Find where a pattern's formula stands in a normalised graph, and say how far it got where it does not.
+
+Matching walks against the data flow, from the outermost application inwards. Data movement is transparent, products and
+sums match in any order, and a chain of element-wise operations with one source counts as one function of that source.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import permutations
+
+from modegpt_graph.match.formula import Apply, Combine, Expression, Name
+from modegpt_graph.match.patterns import OPERATIONS, Pattern
+from modegpt_graph.trace.graph import ELEMENTWISE, Graph
+from modegpt_graph.trace.operations import Effect
+
+LARGEST_PRODUCT = 6
+
+
+@dataclass(frozen=True)
+class Match:
+    """One place where a form of a pattern stands.
+
+    linears: role → node of the product with its matrix.   operations: built-in operation → its node.
+    values: role → node whose value the role stands for (the matrix's output, or the part of it that is used here).
+    """
+
+    pattern: Pattern
+    variant: str
+    linears: Mapping[str, str]
+    operations: Mapping[str, str]
+    values: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Why a form does not stand at a node: at which node it stopped, and how many applications it had matched."""
+
+    pattern: str
+    variant: str
+    node: str
+    expected: str
+    found: str
+    matched: int
+    linears: Mapping[str, str]
+
+    def __str__(self) -> str:
+        got = ", ".join(self.linears) or "nothing"
+        return f"expected {self.expected}, found {self.found} at `{self.node}` (had matched: {got})"
+
+
+@dataclass
+class _State:
+    linears: dict[str, str] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+    matched: int = 0
+
+    def copy(self) -> "_State":
+        return _State(
+            dict(self.linears), dict(self.operations), dict(self.values), dict(self.variables), self.matched
+        )
+
+
+class _Stopped(Exception):
+    def __init__(self, node: str, expected: str, found: str, state: _State) -> None:
+        super().__init__(expected)
+        self.node, self.expected, self.found, self.state = node, expected, found, state
+
+
+class Matcher:
+    """Matches patterns against one graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._root = cache(self._find_root)
+
+    def find(self, pattern: Pattern) -> tuple[list[Match], list[Miss]]:
+        """Every match of a pattern, and for every other candidate node its best near miss."""
+        matches, misses = [], []
+        for start in self._candidates(pattern):
+            best: Miss | None = None
+            for variant, form in pattern.forms().items():
+                try:
+                    state = self._match(form, start, _State(), pattern)
+                    matches.append(Match(pattern, variant, state.linears, state.operations, state.values))
+                    best = None
+                    break
+                except _Stopped as stop:
+                    miss = Miss(
+                        pattern.name, variant, stop.node, stop.expected, stop.found, stop.state.matched, stop.state.linears
+                    )
+                    if best is None or miss.matched > best.matched:
+                        best = miss
+            if best is not None:
+                misses.append(best)
+        return matches, misses
+
+    def _candidates(self, pattern: Pattern) -> Iterator[str]:
+        outermost = {form.name for form in pattern.forms().values() if isinstance(form, Apply)}
+        wanted = {name if name in OPERATIONS else "linear" for name in outermost}
+        for key in self.graph.nodes:
+            if self.graph.operation(key) in wanted:
+                yield key
+
+    def _match(self, form: Expression, key: str, state: _State, pattern: Pattern) -> _State:
+        if isinstance(form, Name):
+            return self._match_name(form, key, state)
+        if isinstance(form, Combine):
+            return self._match_combine(form, key, state, pattern)
+        kind = pattern.roles.get(form.name, "operation")
+        if kind == "linear":
+            found = self._match_linear(form, key, state)
+            linear = self.graph.linear(found)
+            assert linear is not None
+            return self._match(form.arguments[0], self.graph.operands(found)[0], state, pattern)
+        if kind == "operation":
+            found = self._match_operation(form, key, state)
+            for argument, operand in zip(form.arguments, self.graph.operands(found), strict=False):
+                state = self._match(argument, operand, state, pattern)
+            return state
+        if kind == "elementwise":
+            source = self._elementwise_source(form, key, state)
+        else:
+            source = self._chain_source(form, key, state)
+            inner = form.arguments[0]
+            if isinstance(inner, Apply):
+                state.values[inner.name] = key
+        state.matched += 1
+        return self._match(form.arguments[0], source, state, pattern)
+
+    def _match_name(self, form: Name, key: str, state: _State) -> _State:
+        if form.name == "_":
+            return state
+        value = self.through_moves(key)
+        if state.variables.setdefault(form.name, value) != value:
+            raise _Stopped(key, f"the same `{form.name}` as before", self._describe(value), state)
+        return state
+
+    def _match_linear(self, form: Apply, key: str, state: _State) -> str:
+        found = self.through_moves(key)
+        if self.graph.linear(found) is None:
+            raise _Stopped(found, f"the matrix `{form.name}`", self._describe(found), state)
+        state.linears[form.name] = found
+        state.values.setdefault(form.name, key)
+        state.matched += 1
+        return found
+
+    def _match_operation(self, form: Apply, key: str, state: _State) -> str:
+        found = self.through_moves(key)
+        if self.graph.operation(found) != form.name:
+            raise _Stopped(found, f"`{form.name}`", self._describe(found), state)
+        state.operations[form.name] = found
+        state.matched += 1
+        return found
+
+    def _match_combine(self, form: Combine, key: str, state: _State, pattern: Pattern) -> _State:
+        wanted = "mul" if form.operator == "*" else "add"
+        found = self._through_scaling(self.through_moves(key))
+        parts = self._flatten(found, wanted)
+        if len(parts) != len(form.parts) or len(parts) > LARGEST_PRODUCT:
+            word = "product" if wanted == "mul" else "sum"
+            raise _Stopped(found, f"a {word} of {len(form.parts)}", self._describe(found), state)
+        best: _Stopped | None = None
+        for order in permutations(parts):
+            attempt = state.copy()
+            attempt.matched += 1
+            try:
+                for part, operand in zip(form.parts, order, strict=True):
+                    attempt = self._match(part, operand, attempt, pattern)
+                return attempt
+            except _Stopped as stop:
+                if best is None or stop.state.matched > best.state.matched:
+                    best = stop
+        assert best is not None
+        raise best
+
+    def _flatten(self, key: str, wanted: str) -> list[str]:
+        """Factors of a product (or parts of a sum) with more than one source."""
+        carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+        if self.graph.operation(key) != wanted or len(carrying) < 2 or self._root(key) != key:
+            return [key]
+        return [part for operand in carrying for part in self._flatten(operand, wanted)]
+
+    def _elementwise_source(self, form: Apply, key: str, state: _State) -> str:
+        key = self.through_moves(key)
+        source = self._root(key)
+        if source == key or not self._is_nonlinear(key, source):
+            raise _Stopped(key, f"an element-wise function (`{form.name}`)", self._describe(key), state)
+        return source
+
+    def _is_nonlinear(self, key: str, source: str) -> bool:
+        """Whether any operation between a value and its element-wise source is more than a scale."""
+        queue, seen = [key], {source}
+        while queue:
+            node = queue.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if self.graph.effect(node) is Effect.UNARY or self._meets_itself(node):
+                return True
+            queue += [operand for operand in self.graph.operands(node) if self.graph.carries(operand)]
+        return False
+
+    def _meets_itself(self, key: str) -> bool:
+        carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+        is_product = self.graph.effect(key) is Effect.PRODUCT
+        return is_product and (len(carrying) > 1 or self.graph.operation(key) not in ("mul", "div"))
+
+    def _chain_source(self, form: Apply, key: str, state: _State) -> str:
+        """The one product with a matrix that everything in `key` comes from."""
+        sources: dict[str, None] = {}
+        queue, seen = [key], set()
+        while queue:
+            node = queue.pop()
+            if node in seen or not self.graph.carries(node):
+                continue
+            seen.add(node)
+            if self.graph.linear(node) is not None:
+                sources[node] = None
+            else:
+                queue += self.graph.operands(node)
+        if len(sources) != 1:
+            names = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
+            raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names})", state)
+        return next(iter(sources))
+
+    def _weight(self, key: str) -> str:
+        linear = self.graph.linear(key)
+        return linear.weight if linear else key
+
+    def _find_root(self, key: str) -> str:
+        """The value that `key` is an element-wise function of; itself where it is none."""
+        if self.graph.effect(key) not in ELEMENTWISE:
+            return key
+        roots = {self._root(operand) for operand in self.graph.operands(key) if self.graph.carries(operand)}
+        return roots.pop() if len(roots) == 1 else key
+
+    def through_moves(self, key: str) -> str:
+        """The value that data movement brought here."""
+        while self.graph.effect(key) is Effect.MOVE:
+            carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+            if len(carrying) != 1:
+                break
+            key = carrying[0]
+        return key
+
+    def _through_scaling(self, key: str) -> str:
+        while self.graph.operation(key) in ("mul", "div"):
+            carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+            if len(carrying) != 1:
+                break
+            key = self.through_moves(carrying[0])
+        return key
+
+    def _describe(self, key: str) -> str:
+        linear = self.graph.linear(key)
+        if linear is not None:
+            return f"the matrix `{linear.weight}`"
+        operation = self.graph.operation(key)
+        return "an input of the model" if operation == "placeholder" else f"`{operation}`"

@@ -1,0 +1,213 @@
+"""The second half of a certificate: run the traced region in float64, select, run the rewritten region, compare."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from modegpt_graph.flow.labels import constant_of, shape_of
+from modegpt_graph.flow.layout import Layout
+from modegpt_graph.flow.shrink import Edits, Selection, ShrinkError, origins, select, shrink
+from modegpt_graph.match.footprint import Footprint
+
+TOLERANCE = 1e-9  # of the largest output, in float64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Largest deviation relative to the largest output; or why no probe could be run."""
+
+    max_error: float | None
+    obstacle: str | None
+
+    @property
+    def holds(self) -> bool:
+        return self.max_error is not None and self.max_error < TOLERANCE
+
+
+def selection_of(layout: Layout, kept: Sequence[Tensor], labels: Mapping[str, Tensor], count: int) -> Selection:
+    """The selection that keeps the given blocks of every group.
+
+    kept: per kind, (G, n) blocks in their new order.   labels: role → (G, g, d) labels of its members.
+    The first n blocks' places stay, and get the kept blocks' features.
+    """
+    keep = torch.ones(count, dtype=torch.bool)
+    source = torch.arange(count)
+    for members in labels.values():
+        keep[members.reshape(-1)] = False
+        for kind, chosen in zip(layout.kinds, kept, strict=True):
+            groups = torch.arange(layout.groups).view(-1, 1, 1)
+            places = kind.positions[:, : chosen.shape[1]]  # (G, n, b)
+            taken = kind.positions[groups.squeeze(-1), chosen]  # (G, n, b)
+            for head in range(members.shape[1]):
+                own = members[:, head]  # (G, d)
+                slots = own.gather(1, places.reshape(layout.groups, -1))
+                keep[slots] = True
+                source[slots] = own.gather(1, taken.reshape(layout.groups, -1))
+    return Selection(keep, source)
+
+
+def random_blocks(layout: Layout, generator: torch.Generator, share: float = 0.5) -> list[Tensor]:
+    """Per kind, (G, n) random blocks: about `share` of them, in random order."""
+    kept = []
+    for kind in layout.kinds:
+        orders = [torch.randperm(kind.count, generator=generator) for _ in range(layout.groups)]
+        kept.append(torch.stack(orders)[:, : max(1, round(kind.count * share))])
+    return kept
+
+
+def probe_selection(footprint: Footprint, seed: int = 0) -> Probe:
+    """Whether the region commutes with dropping and reordering whole blocks: σ(X S) = σ(X) S."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = random_blocks(footprint.layout, generator)
+    selection = selection_of(footprint.layout, kept, footprint.members, footprint.flow.classes.count)
+    try:
+        edits = shrink(footprint.outline.region, footprint.flow, selection)
+        values, smaller = _run_both(footprint, edits, selection, None, generator)
+    except (ShrinkError, RuntimeError) as error:
+        return Probe(None, _one_line(error))
+    worst = 0.0
+    for operand in footprint.outline.operands:
+        labels, (_, axis) = footprint.flow.labels[operand], select(footprint.flow.labels[operand], selection)
+        expected = values[operand]
+        if axis is not None:
+            expected = torch.take_along_dim(expected, origins(labels, edits.labels[operand], axis), axis)
+        worst = max(worst, _deviation(expected, smaller[operand]))
+    return Probe(worst, None)
+
+
+def probe_mixing(footprint: Footprint, seed: int = 0) -> Probe:
+    """Whether the region commutes with any mixing of each group's features into fewer: σ(X A) = σ(X) A."""
+    generator = torch.Generator().manual_seed(seed)
+    layout = footprint.layout
+    count = max(1, layout.size // 2)
+    kept = [torch.arange(count).expand(layout.groups, -1)]
+    labels = footprint.members
+    selection = selection_of(layout, kept, labels, footprint.flow.classes.count)
+    mixing = torch.randn(layout.groups, layout.size, count, dtype=torch.float64, generator=generator)
+    try:
+        edits = shrink(footprint.outline.region, footprint.flow, selection)
+        values, smaller = _run_both(footprint, edits, selection, mixing, generator)
+    except (ShrinkError, RuntimeError) as error:
+        return Probe(None, _one_line(error))
+    worst = 0.0
+    for operand in footprint.outline.operands:
+        before = _by_label(values[operand], footprint.flow.labels[operand])
+        after = _by_label(smaller[operand], edits.labels[operand])
+        for members in labels.values():
+            for group in range(layout.groups):
+                for head in members[group]:
+                    if int(head[0]) not in before:
+                        continue
+                    full = torch.stack([before[int(label)] for label in head], dim=-1)
+                    less = torch.stack([after[int(label)] for label in head[:count]], dim=-1)
+                    worst = max(worst, _deviation(full @ mixing[group], less))
+    return Probe(worst, None)
+
+
+def _by_label(value: Tensor, labels: Tensor) -> dict[int, Tensor]:
+    """Label → all values that carry it, in the order in which they stand."""
+    flat, order = labels.reshape(-1).sort(stable=True)
+    found, counts = flat.unique_consecutive(return_counts=True)
+    return dict(zip(found.tolist(), value.reshape(-1)[order].split(counts.tolist()), strict=True))
+
+
+def _deviation(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-300))
+
+
+def _run_both(
+    footprint: Footprint, edits: Edits, selection: Selection, mixing: Tensor | None, generator: torch.Generator
+) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
+    starts = {linear.node: footprint.flow.labels[linear.node] for linear in footprint.outline.producers.values()}
+    inputs: dict[fx.Node, Tensor] = {}
+    for node in footprint.outline.region:
+        for operand in node.all_input_nodes:
+            if operand not in footprint.outline.region and operand not in inputs and operand.meta.get("val") is not None:
+                inputs[operand] = _random(operand, generator)
+    for node in starts:
+        inputs.setdefault(node, _random(node, generator))
+    values = _run(footprint.outline.region, inputs, Edits())
+    fewer = dict(inputs)
+    for node, labels in starts.items():
+        value = inputs[node] if mixing is None else _mixed(inputs[node], labels, footprint, mixing)
+        kept = edits.labels[node]
+        assert isinstance(kept, Tensor)
+        origin = labels.reshape(-1, labels.shape[-1])[0]
+        wanted = kept.reshape(-1, kept.shape[-1])[0]
+        fewer[node] = value[..., _find(origin, wanted, selection)]
+    return values, _run(footprint.outline.region, fewer, edits)
+
+
+def _find(origin: Tensor, wanted: Tensor, selection: Selection) -> Tensor:
+    """Places of the wanted labels; elements without one stay where they are."""
+    kept = torch.where(origin >= 0, selection.keep[origin.clamp(min=0)], True)
+    places = torch.arange(len(origin))[kept]
+    lookup = {int(label): place for place, label in enumerate(origin.tolist()) if label >= 0}
+    return torch.tensor([lookup.get(int(label), int(place)) for label, place in zip(wanted, places, strict=True)])
+
+
+def _mixed(value: Tensor, labels: Tensor, footprint: Footprint, mixing: Tensor) -> Tensor:
+    """A producer's output with each group's features mixed into the places of the first ones."""
+    value = value.clone()
+    own = labels.reshape(-1, labels.shape[-1])[0]
+    place = {int(label): index for index, label in enumerate(own.tolist()) if label >= 0}
+    count = mixing.shape[-1]
+    for members in footprint.members.values():
+        if int(members[0, 0, 0]) not in place:
+            continue
+        columns = torch.tensor([place[int(label)] for label in members.reshape(-1)]).reshape(members.shape)
+        for group in range(members.shape[0]):
+            for head in columns[group]:
+                value[..., head[:count]] = value[..., head] @ mixing[group]
+    return value
+
+
+def _random(node: fx.Node, generator: torch.Generator) -> Tensor:
+    constant = constant_of(node)
+    example = node.meta["val"]
+    if constant is not None and constant.device.type != "meta":
+        return constant.double() if constant.is_floating_point() else constant
+    if not isinstance(example, Tensor):
+        return example
+    if not example.is_floating_point():
+        return torch.ones(shape_of(node), dtype=example.dtype)
+    return torch.randn(shape_of(node), dtype=torch.float64, generator=generator)
+
+
+def _run(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edits: Edits) -> dict[fx.Node, Tensor]:
+    """Run the nodes of a region with their edits, in float64."""
+    values: dict[fx.Node, Tensor] = dict(inputs)
+    for node in region:
+        target, args, kwargs = edits.arguments.get(node, (node.target, node.args, node.kwargs))
+
+        def fill(leaf: object, node: fx.Node = node) -> object:
+            if isinstance(leaf, fx.Node):
+                value = values[leaf]
+                gather = edits.gathers.get((node, leaf))
+                return value if gather is None else torch.take_along_dim(*_aligned(value, gather.index, gather.axis))
+            if isinstance(leaf, torch.dtype):
+                return torch.float64 if leaf.is_floating_point else leaf
+            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+        filled_args, filled_kwargs = pytree.tree_map(
+            fill, (tuple(args), dict(kwargs)), is_leaf=lambda leaf: isinstance(leaf, fx.Node)
+        )
+        values[node] = target(*filled_args, **filled_kwargs)
+    return values
+
+
+def _aligned(value: Tensor, index: Tensor, axis: int) -> tuple[Tensor, Tensor, int]:
+    """Operand, index and axis for `take_along_dim`, with as many axes each."""
+    if index.ndim == 1:
+        index = index.reshape([-1 if a == axis % value.ndim else 1 for a in range(value.ndim)])
+    missing = index.ndim - value.ndim
+    return value.reshape((1,) * missing + tuple(value.shape)) if missing > 0 else value, index, axis
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,163 @@
+"""How a model calls its modules: the arguments seen when the model runs on the meta device."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from modegpt_graph.errors import ModegptError
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch, new tokens and cached tokens of one recorded run."""
+
+    batch: int
+    tokens: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module, by parameter name.
+
+    arguments: name → value, tensors replaced by their index into `tensors`, caches by `CACHE`.
+    dynamic: per tensor, the axes whose size follows the batch or the number of tokens.
+    length: (tensor, axis) whose size is that of all tokens so far, where the call has one.
+    """
+
+    arguments: Mapping[str, Any]
+    extra: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    dynamic: tuple[tuple[int, ...], ...]
+    length: tuple[int, int] | None
+    has_cache: bool
+
+    def inputs(self) -> list[tuple[Path, int]]:
+        """Where each tensor stands among the arguments: (path, index into `tensors`)."""
+        leaves, _ = pytree.tree_flatten_with_path(dict(self.arguments), is_leaf=_is_leaf)
+        return [(tuple(key.key if hasattr(key, "key") else key.idx for key in path), leaf.index) for path, leaf in leaves if isinstance(leaf, Slot)]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of a tensor among a call's arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """Place of the key/value cache among a call's arguments."""
+
+    cache: Any
+
+
+def is_cache(value: object) -> bool:
+    """Whether a value is a key/value cache, told by what it can do."""
+    return callable(getattr(value, "update", None)) and callable(getattr(value, "get_seq_length", None))
+
+
+def _is_leaf(value: object) -> bool:
+    return isinstance(value, (Slot, CacheSlot)) or is_cache(value)
+
+
+def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[dict[str, Any], tuple[str, ...], list[Tensor]]:
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    arguments, extra = {}, ()
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            extra = tuple(value)
+            arguments |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments[f"*{name}"] = value
+        else:
+            arguments[name] = value
+    tensors: list[Tensor] = []
+
+    def slot(value: object) -> object:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return Slot(len(tensors) - 1)
+        return CacheSlot(value) if is_cache(value) else value
+
+    return pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors
+
+
+def _run(model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None) -> dict:
+    """Arguments of the first call of each module; the run has a cache with tokens in it where the model takes one."""
+    seen: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Tensor]]] = {}
+
+    def hook(name: str):
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if name not in seen:
+                seen[name] = _recorded(module, args, kwargs)
+
+        return record
+
+    def run(count: int, **kwargs: Any) -> Any:
+        tokens = torch.zeros(sizes.batch, count, dtype=torch.long, device="meta")
+        rest = () if example_inputs is None else example_inputs[1:]
+        return model(tokens, *rest, **kwargs)
+
+    handles = []
+    try:
+        with torch.no_grad():
+            accepted = inspect.signature(model.forward).parameters
+            cached: dict[str, Any] = {}
+            if example_inputs is None and {"past_key_values", "use_cache"} <= set(accepted):
+                prefix = run(sizes.cached, use_cache=True)
+                total = sizes.cached + sizes.tokens
+                cached = {"past_key_values": prefix.past_key_values, "use_cache": True}
+                if "attention_mask" in accepted:
+                    cached["attention_mask"] = torch.ones(sizes.batch, total, dtype=torch.long, device="meta")
+                if "position_ids" in accepted:
+                    positions = torch.arange(sizes.cached, total, device="meta")
+                    cached["position_ids"] = positions.expand(sizes.batch, -1)
+            handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
+            run(sizes.tokens, **cached)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tuple | None = None) -> dict[str, Call]:
+    """How `skeleton` (on the meta device) calls each of its modules `names`.
+
+    The model runs twice, at different sizes; an axis whose size differs between the runs is dynamic.
+    Raises ModegptError where a module is never called.
+    """
+    modules = {name: skeleton.get_submodule(name) for name in names}
+    first, second = Sizes(2, 5, 4), Sizes(3, 7, 11)
+    runs = [_run(skeleton, modules, sizes, example_inputs) for sizes in (first, second)]
+    calls = {}
+    for name in modules:
+        if name not in runs[0]:
+            raise ModegptError(f"{name}: the model never calls this module; it cannot be traced on its own")
+        (arguments, extra, tensors), (_, _, others) = runs[0][name], runs[1][name]
+        dynamic = tuple(
+            tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
+            for a, b in zip(tensors, others, strict=True)
+        )
+        length = next(
+            (
+                (index, axis)
+                for index, axes in enumerate(dynamic)
+                for axis in reversed(axes)
+                if tensors[index].shape[axis] == first.cached + first.tokens
+                and others[index].shape[axis] == second.cached + second.tokens
+            ),
+            None,
+        )
+        leaves = pytree.tree_leaves(arguments, is_leaf=_is_leaf)
+        has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
+        calls[name] = Call(arguments, extra, tuple(tensors), dynamic, length, has_cache)
+    return calls

@@ -1,0 +1,117 @@
+"""A module, called as its model calls it, as one FX graph of ATen operations with the opaque calls in place."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.trace.calls import CacheSlot, Call, Slot
+from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
+
+
+class TraceError(ModegptError):
+    """torch.export could not trace a module."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Place of the n-th tensor that a traced module returns."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One traced module.
+
+    graph: FX graph over ATen operations; every placeholder is in exactly one of the three mappings below.
+    inputs: placeholder → index into `call.tensors`.   state: placeholder → parameter or buffer name in the module.
+    constants: placeholder → tensor made while tracing.
+    output: what the module returns, tensors replaced by `Output`; `AttentionWeights` where an opaque call's stand.
+    """
+
+    module: nn.Module
+    call: Call
+    graph: fx.Graph
+    inputs: Mapping[str, int]
+    state: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    calls: Sequence[AttentionCall | CacheCall]
+    output: Any
+
+
+class _Called(nn.Module):
+    """A module with everything but the tensors of its call filled in."""
+
+    def __init__(self, module: nn.Module, call: Call, recorder: Recorder) -> None:
+        super().__init__()
+        self.module, self.call, self.recorder = module, call, recorder
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        call = self.call
+
+        def fill(leaf: object) -> object:
+            if isinstance(leaf, Slot):
+                return tensors[leaf.index]
+            if isinstance(leaf, CacheSlot):
+                if call.length is None:
+                    raise TraceError("the module has a cache, but no argument tells how many tokens are in it")
+                index, axis = call.length
+                return TracedCache(leaf.cache, self.recorder, tensors[index].shape[axis])
+            return leaf
+
+        arguments = pytree.tree_map(fill, dict(call.arguments), is_leaf=lambda x: isinstance(x, (Slot, CacheSlot)))
+        positional = next((name for name in arguments if name.startswith("*")), None)
+        starred = arguments.pop(positional) if positional else ()
+        output = self.module(*starred, **arguments)
+        returned: list[Tensor] = []
+
+        def place(leaf: object) -> object:
+            if isinstance(leaf, Tensor):
+                returned.append(leaf)
+                return Output(len(returned) - 1)
+            return leaf
+
+        self.recorder.output = pytree.tree_map(place, output, is_leaf=lambda x: isinstance(x, (AttentionWeights, TracedCache)))
+        return tuple(returned)
+
+
+def export(module: nn.Module, call: Call) -> Trace:
+    """Trace `module` under `call`; axes that `call` marks as dynamic stay symbolic.
+
+    Raises TraceError, with the reason of torch.export in one line.
+    """
+    recorder = Recorder()
+    called = _Called(module, call, recorder)
+    shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in call.dynamic)
+    try:
+        with opaque_calls(recorder, call.extra), torch.no_grad():
+            program = torch.export.export(called, call.tensors, dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TraceError(f"{type(module).__name__}: torch.export stopped: {reason}") from error
+    inputs, state, constants = {}, {}, {}
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind is InputKind.USER_INPUT:
+            inputs[name] = len(inputs)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            state[name] = spec.target.removeprefix("module.")
+        else:
+            constants[name] = program.constants[spec.target]
+    for node in program.graph.nodes:
+        if node.name in constants:
+            node.meta["constant"] = constants[node.name]
+    return Trace(module, call, program.graph, inputs, state, constants, tuple(recorder.calls), recorder.output)
+
+
+def whole_model_call(input_ids: Tensor, rest: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> Call:
+    """The call `model(input_ids, *rest, **keywords)` with fixed sizes."""
+    arguments: dict[str, Any] = {"*inputs": (Slot(0), *rest)}
+    return Call(arguments | dict(keywords or {}), (), (input_ids,), ((),), None, False)

@@ -1,0 +1,70 @@
+"""The table of operations: what each does along the feature axis. An operation that is not here proves nothing."""
+
+from enum import Enum, auto
+
+from torch import fx
+
+
+class Effect(Enum):
+    """What an operation does to the features of its operands."""
+
+    MOVE = auto()  # every output element is one input element, or padding
+    SAME = auto()  # the value itself: casts, copies, dropout at evaluation
+    LINEAR_UNARY = auto()  # the same linear function of every element
+    UNARY = auto()  # the same non-linear function of every element
+    SUM = auto()  # element-wise, linear in every operand
+    PRODUCT = auto()  # element-wise, not linear
+    REDUCE = auto()  # elements along some axes meet
+    LINEAR = auto()  # features times a weight matrix
+    PRODUCT_SUM = auto()  # two tensors contracted along one axis
+    ATTENTION = auto()  # softmax attention in one operation
+    CACHE = auto()  # keys and values of all positions so far
+    SIZE = auto()  # sizes and guards: no tensor values
+    UNKNOWN = auto()
+
+
+_TABLE: dict[Effect, str] = {
+    Effect.MOVE: """view _unsafe_view reshape transpose permute t T mT expand expand_as view_as slice select split
+        split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten unflatten roll
+        flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
+        broadcast_to index""",
+    Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as native_dropout
+        feature_dropout detach_""",
+    Effect.LINEAR_UNARY: "neg",
+    Effect.UNARY: """relu relu_ silu silu_ gelu tanh sigmoid exp expm1 log log1p sqrt rsqrt reciprocal abs square clamp
+        clamp_min clamp_max hardtanh hardsigmoid hardswish leaky_relu elu selu celu mish softplus relu6 erf sin cos
+        threshold log_sigmoid sign floor round exp2 logical_not sinh cosh atan softshrink hardshrink tanhshrink""",
+    Effect.SUM: "add sub rsub add_",
+    Effect.PRODUCT: """mul div mul_ div_ pow maximum minimum where masked_fill fmod remainder eq ne lt le gt ge
+        logical_and logical_or bitwise_and bitwise_or xlogy atan2""",
+    Effect.REDUCE: """mean sum var std amax amin max min norm linalg_vector_norm softmax _softmax log_softmax
+        _log_softmax cumsum prod logsumexp layer_norm native_layer_norm rms_norm group_norm var_mean any all argmax topk
+        sort""",
+    Effect.LINEAR: "linear",
+    Effect.PRODUCT_SUM: "matmul mm bmm addmm baddbmm",
+    Effect.ATTENTION: "attention scaled_dot_product_attention",
+    Effect.CACHE: "cache_update",
+    Effect.SIZE: """sym_size _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range
+        sym_constrain_range_for_size""",
+}
+EFFECTS: dict[str, Effect] = {name: effect for effect, names in _TABLE.items() for name in names.split()}
+
+
+def operation(node: fx.Node) -> str:
+    """Plain name of a node's operation: `view`, `silu`, `linear`; `placeholder` and `output` for the graph's ends."""
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    return getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
+
+
+def effect(node: fx.Node) -> Effect:
+    """Effect of a node's operation, from the table."""
+    if node.op != "call_function":
+        return Effect.UNKNOWN
+    return EFFECTS.get(operation(node), Effect.UNKNOWN)
+
+
+def is_data(node: fx.Node) -> bool:
+    """Whether a node carries tensor values."""
+    return node.op in ("placeholder", "call_function") and effect(node) is not Effect.SIZE

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modegpt_graph.decompose.numerics import energy, factorise
 
-BATCH = 64
+SMALLEST_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def eliminate(
     blocks: Tensor | None = None,
     order: Tensor | None = None,
     total: float | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
 ) -> Elimination:
     """Drop blocks of columns one by one, each time the one that costs least after the best refit of the rest.
 
@@ -54,6 +54,8 @@ def eliminate(
     size = 1 if blocks is None else blocks.shape[1]
     columns = torch.arange(gram.shape[0]) if blocks is None else blocks.flatten()
     count = len(columns) // size
+    # Wide enough that the downdates are not bound by memory, narrow enough that choosing within the pool stays cheap.
+    batch = max(SMALLEST_BATCH, count // 64) if batch is None else batch
     gram = gram if blocks is None else gram[columns][:, columns]
     weight = weight.double() if blocks is None else weight.double()[columns]
     total = float(energy(gram, weight)) if total is None else total
@@ -124,15 +126,38 @@ def _cheapest(inverse: Tensor, refitted: Tensor, present: Tensor, size: int, wid
     local = inverse[rows][:, rows]
     outer = refitted[rows] @ refitted[rows].mT
     free = torch.ones(len(pool), dtype=torch.bool)
+    pick = _single_picks if size == 1 else _block_picks
+    return pool[torch.tensor(pick(local, outer, free, size, width))]
+
+
+def _single_picks(local: Tensor, outer: Tensor, free: Tensor, size: int, width: int) -> list[int]:
+    """`_block_picks` for blocks of one column, where every step is three rank-one updates."""
+    barred = torch.zeros(len(free), dtype=local.dtype)
     picked = []
     for _ in range(width):
-        if size == 1:
-            costs = outer.diagonal() / local.diagonal()
-        else:
-            own = local.view(len(pool), size, len(pool), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            own = torch.where(free[:, None, None], own, torch.eye(size, dtype=own.dtype))
-            gains = outer.view(len(pool), size, len(pool), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-            costs = torch.linalg.solve(own, gains).diagonal(dim1=1, dim2=2).sum(1)
+        best = int((outer.diagonal() / local.diagonal() + barred).argmin())
+        picked.append(best)
+        barred[best] = torch.inf
+        row = local[best].clone()
+        pull = row / row[best]
+        shared = outer[best].clone()
+        shared -= pull * (shared[best] / 2)
+        outer.addr_(pull, shared, alpha=-1).addr_(shared, pull, alpha=-1)
+        local.addr_(pull, row, alpha=-1)
+        local[best, best] = 1.0  # rounding leaves a residue around zero; the column is barred from now on
+        outer[best, best] = 1.0
+    return picked
+
+
+def _block_picks(local: Tensor, outer: Tensor, free: Tensor, size: int, width: int) -> list[int]:
+    """Positions in the pool in greedy order; local is G⁻¹ and outer V Vᵀ over the pool's columns."""
+    count = len(free)
+    picked = []
+    for _ in range(width):
+        own = local.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        own = torch.where(free[:, None, None], own, torch.eye(size, dtype=own.dtype))
+        gains = outer.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        costs = torch.linalg.solve(own, gains).diagonal(dim1=1, dim2=2).sum(1)
         best = int(costs.masked_fill(~free, torch.inf).argmin())
         picked.append(best)
         free[best] = False
@@ -141,4 +166,4 @@ def _cheapest(inverse: Tensor, refitted: Tensor, present: Tensor, size: int, wid
         moved = pull @ outer[span]
         outer = outer - moved - moved.mT + pull @ outer[span, span] @ pull.mT
         local = local - pull @ local[span]
-    return pool[torch.tensor(picked)]
+    return picked

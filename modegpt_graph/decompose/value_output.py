@@ -46,14 +46,14 @@ class PaperValueOutput:
     errors: Tensor
 
 
-def value_output_svd(head_grams: Tensor, output: Tensor, rank: int, *, sweeps: int = 0) -> ValueOutput:
+def value_output_svd(head_grams: Tensor, output: Tensor, rank: int, *, sweeps: int = 3) -> ValueOutput:
     """The basis B of each group that minimises Σ_h ‖C_h^{1/2} (W_h − B Ŵ_h)‖², with Ŵ_h refitted to it.
 
     head_grams: (G, g, d, d) Gram matrices C_h of what attention puts out per head (position mixing included), which is
     exact where the paper's C of the layer input is not.   output: (G, g, d, D) the rows of the output matrix that head
     h meets. Where the C_h of a group are equal, or g = 1, this is the exact optimum (Eckart–Young on C^{1/2}[W_1 …
     W_g]). Else the better of two closed forms, each exact in the equal case, and `sweeps` rounds of alternating least
-    squares from there, which never make it worse.
+    squares from there, which never make it worse and of which the first three gain nearly all.
     Raises RankError where `rank` is not in 1..d, NumericalError for Gram matrices that are none.
     Source: MoDeGPT (arXiv 2408.09632), algorithm 3, with the second SVD taken over the stacked heads of the group.
     """
@@ -101,7 +101,7 @@ def paper_value_output(
     value_gram = value.mT @ gram @ value
     grams = ((value_gram + value_gram.mT) / 2)[:, None].expand(-1, heads, -1, -1)
     if stacked:
-        result = value_output_svd(grams, output, rank)
+        result = value_output_svd(grams, output, rank, sweeps=0)
         return PaperValueOutput(value @ result.basis, result.output, result.relative_error, result.errors)
     values, vectors = torch.linalg.eigh(grams[:, 0])
     vectors = vectors.flip(-1)

@@ -60,11 +60,13 @@ def test_multiples_and_minima_are_kept():
     assert removed_parameters(items, ranks) / 35000 == pytest.approx(0.37, abs=0.005)
 
 
-def test_steps_of_two_sizes_make_a_finer_one():
-    """Steps of 30 and of 50 out of 2,000 cannot hit 1% alone, but 50 − 30 can."""
+@pytest.mark.parametrize("percent", [5, 9, 31, 45, 55, 91])
+def test_steps_of_two_sizes_make_a_finer_one(percent):
+    """Steps of 30 and of 50 out of 1,900 pass over half a point, but 50 − 30 and 2·30 − 50 do not."""
     items = [Item("coarse", 0, 20, 50, minimum=0), Item("fine", 1, 30, 30, minimum=0)]
-    ranks = ranks_for_ratios(items, {0: 0.01, 1: 0.01}, 2000, 0.01)
-    assert abs(removed_parameters(items, ranks) - 20) <= 10
+    ratio = percent / 100
+    ranks = ranks_for_ratios(items, {0: ratio, 1: ratio}, 1900, ratio)
+    assert abs(removed_parameters(items, ranks) - 19 * percent) <= 9.5
 
 
 def test_an_unreachable_ratio_names_the_largest_reachable_one():

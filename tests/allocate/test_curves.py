@@ -69,6 +69,14 @@ def test_a_cliff_is_not_stopped_at_its_edge():
     assert ranks == {"cliff": 6, "slope": 10}
 
 
+def test_a_dear_first_step_does_not_hide_what_follows_for_free():
+    items = [Item("step", 0, 10, 10, minimum=0), Item("slope", 0, 10, 10, minimum=0)]
+    step = torch.tensor([0.3] * 10 + [0.0], dtype=torch.float64)
+    weights = {"step": 1.0, "slope": 1.0}
+    ranks = allocate_by_curves(items, {"step": step, "slope": power(items[1], 1.0)}, weights, 200, 0.5)
+    assert ranks == {"step": 0, "slope": 10}
+
+
 def test_bad_curves_and_budgets_are_named():
     items = [Item("a", 0, 10, 10)]
     with pytest.raises(ValueError, match=r"a: 5 errors for ranks 0\.\.10"):

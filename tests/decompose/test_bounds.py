@@ -76,6 +76,15 @@ def test_proposition_2_is_reached_by_equal_columns():
     assert cr_bound(gram, gram, 1) == pytest.approx(result.relative_error * float((q @ q.mT).square().sum()), rel=1e-9)
 
 
+def test_proposition_2_needs_its_factor_for_blocks():
+    """A dropped pair whose columns agree loses twice what its score says."""
+    norms = torch.tensor([1.0, 1.0, 2**0.5 * 1.001, 0.0], dtype=torch.float64).sqrt()
+    gram = torch.outer(norms, norms)
+    result = cr(gram[None, None], gram[None], [torch.tensor([[0, 1], [2, 3]])], [1])
+    lost = result.relative_error * float((gram * gram).sum())
+    assert cr_bound(gram, gram, 2) < lost <= cr_bound(gram, gram, 2, block_size=2)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_proposition_3(seed):
     x, value, output = rand(60, 10, seed=seed), rand(1, 10, 6, seed=seed + 1), rand(1, 2, 6, 9, seed=seed + 2)

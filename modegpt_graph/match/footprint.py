@@ -46,7 +46,8 @@ class Outline:
             for role, linear in [*self.producers.items(), *self.consumers.items()]
         )
         nodes = tuple(
-            (str(node.target), str(fx.map_arg((node.args, node.kwargs), place)), place(node)) for node in self.region
+            (str(node.target), str(fx.map_arg((_telling(node), node.kwargs), place)), place(node))
+            for node in self.region
         )
         ends = tuple(place(node) for node in (*self.operands, self.end))
         return self.match.pattern.name, self.match.variant, linears, nodes, ends
@@ -70,6 +71,11 @@ class Footprint:
             role: self.layout.members[role] + self.offsets[linear.weight]
             for role, linear in self.outline.producers.items()
         }
+
+
+def _telling(node: fx.Node) -> tuple[object, ...]:
+    """A node's arguments, without the number of the call that an opaque node stands for."""
+    return node.args[:-1] if operation(node) in ("attention", "cache_update") else node.args
 
 
 def starts_of(linears: Sequence[Linear]) -> tuple[dict[fx.Node, Tensor], dict[str, int], int]:

@@ -15,11 +15,9 @@ def skeleton_of(module: nn.Module) -> nn.Module:
     lists, tuples and dicts) go to the meta device too: one left behind would mix devices in the forward pass.
     """
     # deepcopy looks an object up here before it copies it: what is found stands for the copy, at every place of use.
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for tensor in _tensors(vars(part).values()):
-            if id(tensor) not in memo:
-                memo[id(tensor)] = _on_meta(tensor)
+    memo: dict[int, Any] = {
+        id(tensor): _on_meta(tensor) for part in module.modules() for tensor in _tensors(vars(part).values())
+    }
     return copy.deepcopy(module, memo).eval().requires_grad_(False)
 
 

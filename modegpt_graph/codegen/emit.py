@@ -1,0 +1,372 @@
+"""A traced module, with edits and observers, as the source of a forward method.
+
+The method has the signature of the module's own. Projections are called as the modules they are, the attention interface
+and the cache are the library's again, sizes that follow batch and length are read from the inputs, and what differs
+between layers of one topology (new sizes, gathered positions, the layer's number) is read from attributes.
+"""
+
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from modegpt_graph.codegen.expressions import EmitError, atom, call, identifier, literal
+from modegpt_graph.flow.shrink import Edits
+from modegpt_graph.trace.calls import CacheSlot
+from modegpt_graph.trace.export import Output, Trace
+from modegpt_graph.trace.linear import Linear, find_linear
+from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall
+from modegpt_graph.trace.operations import Effect, effect, operation
+
+WIDTH = 96
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The source of a forward method and what it reads from its module.
+
+    source: `def forward(self, …)`, with no indentation.   imports: name → (module, qualified name).
+    attributes: whole numbers.   buffers: positions that are gathered, and constants made while tracing.
+    """
+
+    source: str
+    imports: Mapping[str, tuple[str, str]]
+    attributes: Mapping[str, int]
+    buffers: Mapping[str, Tensor]
+
+
+@dataclass
+class _Writer:
+    trace: Trace
+    edits: Edits
+    linear_modules: Collection[str]
+    observed: Mapping[str, fx.Node]
+    lines: list[str] = field(default_factory=list)
+    text: dict[fx.Node, str] = field(default_factory=dict)
+    imports: dict[str, tuple[str, str]] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        self.parameters = frozenset(n for n, p in self.trace.module.named_parameters() if p.ndim == 2)
+        self.linears: dict[fx.Node, Linear] = {}
+        for node in self.trace.graph.nodes:
+            linear = find_linear(node, self.trace, self.parameters)
+            if linear is not None and self._is_module_call(linear):
+                self.linears[node] = linear
+        self.arguments = {node: self.edits.arguments.get(node, (node.target, node.args, node.kwargs))
+                          for node in self.trace.graph.nodes}
+        self.inputs = self._input_expressions()
+        self.main = self._main_input()
+        self.sizes = self._size_expressions()
+
+    def _is_module_call(self, linear: Linear) -> bool:
+        """Whether a product with a matrix is the whole forward of a module that holds nothing else."""
+        path, _, _ = linear.weight.rpartition(".")
+        owner = self.trace.module.get_submodule(path)
+        names = {f"{path}.{name}" for name, _ in owner.named_parameters(recurse=False)}
+        plain = names == {linear.weight, linear.bias} - {None}
+        return plain and (path in self.linear_modules or type(owner) is nn.Linear)
+
+    def _input_expressions(self) -> dict[str, str]:
+        """Placeholder → the expression that reads it from the method's parameters."""
+        signature = inspect.signature(self.trace.module.forward)
+        keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        by_index: dict[int, str] = {}
+        for path, index in self.trace.call.inputs():
+            first, *rest = path
+            text = first.lstrip("*") if first not in self.trace.call.extra else f'{keywords}["{first}"]'
+            by_index[index] = text + "".join(f"[{key!r}]" for key in rest)
+        return {placeholder: by_index[index] for placeholder, index in self.trace.inputs.items()}
+
+    def _main_input(self) -> fx.Node:
+        """The input that is multiplied by a matrix: sizes and dtype are read from it."""
+        inputs = [node for node in self.trace.graph.nodes if node.name in self.inputs]
+        feeding = [linear.source for linear in self.linears.values() if linear.source in inputs]
+        floating = [node for node in inputs if node.meta["val"].is_floating_point()]
+        return (feeding or floating or inputs)[0]
+
+    def _size_expressions(self) -> dict[str, str]:
+        """Symbolic size → the expression that reads it, from the main input where it has that size."""
+        found: dict[str, str] = {}
+        inputs = [node for node in self.trace.graph.nodes if node.name in self.inputs]
+        for node in sorted(inputs, key=lambda node: node is not self.main):
+            for axis, size in enumerate(node.meta["val"].shape):
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(str(size), f"{self.inputs[node.name]}.size({axis})")
+        return found
+
+    def live(self) -> set[fx.Node]:
+        """Nodes that the outputs and the observers need."""
+        output = self.trace.graph.output_node()
+        queue: list[fx.Node] = [*output.all_input_nodes, *self.observed.values()]
+        seen: set[fx.Node] = set()
+        while queue:
+            node = queue.pop()
+            if node not in seen:
+                seen.add(node)
+                queue += self._operands(node)
+        return seen
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        if operation(node) in ("sym_size", "cache_update"):
+            return [] if operation(node) == "sym_size" else list(node.args[:2])
+        if node in self.linears:
+            return [self.linears[node].source]
+        found: list[fx.Node] = []
+        _, args, kwargs = self.arguments[node]
+        fx.map_arg((args, kwargs), lambda operand: found.append(operand))
+        return found
+
+    def write(self, value: Any, node: fx.Node) -> str:
+        """An argument of `node` as source."""
+        if isinstance(value, fx.Node):
+            text = self.text[value]
+            gather = self.edits.gathers.get((node, value))
+            if gather is None:
+                return text
+            index = self._buffer(f"index_{value.name}", gather.index)
+            if gather.index.ndim == 1:
+                return f"{atom(text)}[..., {index}]" if gather.axis == -1 else f"{atom(text)}.index_select({gather.axis}, {index})"
+            missing = gather.index.ndim - value.meta["val"].ndim
+            text = f"{atom(text)}[{'None, ' * missing}...]" if missing > 0 else text
+            return f"torch.take_along_dim({text}, {index}, dim={gather.axis})"
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        if isinstance(value, (list, tuple)):
+            inner = ", ".join(self.write(item, node) for item in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
+        if isinstance(value, torch.device):
+            return f"{self.inputs[self.main.name]}.device"
+        if value is self.main.meta["val"].dtype:
+            return f"{self.inputs[self.main.name]}.dtype"
+        return literal(value)
+
+    def _size(self, size: torch.SymInt) -> str:
+        text = str(size)
+        if text not in self.sizes:
+            raise EmitError(f"the size {text} cannot be read from the inputs")
+        return self.sizes[text]
+
+    def _buffer(self, name: str, value: Tensor) -> str:
+        for known, other in self.buffers.items():
+            if other.shape == value.shape and torch.equal(other, value):
+                return f"self.{known}"
+        name = identifier(name)
+        self.buffers[name] = value
+        return f"self.{name}"
+
+    def expression(self, node: fx.Node) -> str:
+        """A node's value as source."""
+        if node.op == "placeholder":
+            if node.name in self.inputs:
+                return self.inputs[node.name]
+            if node.name in self.trace.state:
+                return f"self.{_path(self.trace.state[node.name])}"
+            return self._buffer(f"constant_{node.name.rpartition('lifted_tensor_')[2]}", self.trace.constants[node.name])
+        name = operation(node)
+        if name == "sym_size":
+            value = node.meta["val"]
+            return self._size(value) if isinstance(value, torch.SymInt) else str(int(value))
+        if node in self.linears:
+            path = self.linears[node].weight.rpartition(".")[0]
+            return f"self.{_path(path)}({self.write(self.linears[node].source, node)})"
+        target, args, kwargs = self.arguments[node]
+        raw = tuple(args)
+        written = tuple(self._argument(node, n, value) for n, value in enumerate(args))
+        return call(operation(node) if target is node.target else target._opname, target, written,
+                    {key: self.write(value, node) for key, value in kwargs.items()}, raw)
+
+    def _argument(self, node: fx.Node, number: int, value: Any) -> str:
+        """An argument; numbers that an edit changed become attributes."""
+        if node not in self.edits.arguments:
+            return self.write(value, node)
+        old = node.args[number] if number < len(node.args) else None
+        if isinstance(value, int) and not isinstance(value, bool) and value != old:
+            return self._attribute(f"size_{node.name}", value)
+        if isinstance(value, (list, tuple)) and not isinstance(old, fx.Node):
+            same_length = isinstance(old, (list, tuple)) and len(old) == len(value)
+            parts = [
+                self._attribute(f"size_{node.name}_{place}", item)
+                if isinstance(item, int) and not (same_length and old[place] == item)
+                else self.write(item, node)
+                for place, item in enumerate(value)
+            ]
+            return f"[{', '.join(parts)}]"
+        return self.write(value, node)
+
+    def _attribute(self, name: str, value: int) -> str:
+        self.attributes[identifier(name)] = int(value)
+        return f"self.{identifier(name)}"
+
+    def emit(self) -> Forward:
+        live = self.live()
+        uses: dict[fx.Node, int] = {}
+        for node in [*live, self.trace.graph.output_node()]:
+            for operand in self._operands(node) if node.op != "output" else node.all_input_nodes:
+                uses[operand] = uses.get(operand, 0) + 1
+        watched: dict[fx.Node, list[str]] = {}
+        for name, node in self.observed.items():
+            watched.setdefault(node, []).append(name)
+        for node in self.trace.graph.nodes:
+            if node in live:
+                self._statement(node, uses.get(node, 0), node in watched)
+                for name in watched.get(node, ()):
+                    self.lines.append(f"self.observe({name!r}, {self.text[node]})")
+        self.lines.append(f"return {self._returned()}")
+        body = "\n".join(f"    {line}" for line in self.lines)
+        return Forward(f"{self._definition()}\n{body}\n", self.imports, self.attributes, self.buffers)
+
+    def _statement(self, node: fx.Node, uses: int, watched: bool) -> None:
+        if operation(node) == "attention":
+            self._attention(node)
+        elif effect(node) is Effect.CACHE:
+            self._cache(node)
+        elif node.op == "call_function" and operation(node) == "getitem" and self.text[node.args[0]].startswith("\0"):
+            self.text[node] = self.text[node.args[0]][1:].split(", ")[node.args[1]]
+        else:
+            text = self.expression(node)
+            inline = node.op == "placeholder" or effect(node) is Effect.SIZE
+            inline |= uses == 1 and not watched and len(text) < WIDTH // 2 and node not in self.linears
+            if inline or text == self.text.get(node.args[0] if node.args else None):
+                self.text[node] = text
+            else:
+                name = self._variable(node)
+                self.lines.append(f"{name} = {text}")
+                self.text[node] = name
+
+    def _variable(self, node: fx.Node) -> str:
+        if node in self.linears:
+            base = identifier(self.linears[node].weight.split(".")[-2])
+        else:
+            base = identifier(node.name)
+        taken = {*self.text.values(), *inspect.signature(self.trace.module.forward).parameters}
+        name, number = base, 2
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        return name
+
+    def _attention(self, node: fx.Node) -> None:
+        said = self.trace.calls[node.args[6]]
+        assert isinstance(said, AttentionCall)
+        module = self._module_expression(said.module)
+        fallback = said.fallback
+        self.imports["ALL_ATTENTION_FUNCTIONS"] = ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
+        self.imports[fallback.__name__] = (fallback.__module__, fallback.__qualname__)
+        query, key, value, mask, extras, scale = node.args[:6]
+        operands = [self.write(operand, node) for operand in (query, key, value, mask)]
+        keywords = {"scaling": literal(scale)}
+        keywords |= {name: self.write(extra, node) for name, extra in zip(said.tensors, extras, strict=True)}
+        keywords |= {name: literal(value) for name, value in said.constants.items()}
+        rest = [f"{name}={text}" for name, text in keywords.items()]
+        starred = self._passed_on(said)
+        self.lines.append(
+            "attention = ALL_ATTENTION_FUNCTIONS.get_interface("
+            f"{module}.config._attn_implementation, {fallback.__name__})"
+        )
+        output = self._variable(node)
+        output = "attention_output" if output == "attention" else f"{output}_output"
+        self.weights = f"{output.removesuffix('_output')}_weights"
+        inner = ", ".join([module, *operands, *rest, *starred])
+        self.lines.append(f"{output}, {self.weights} = attention({inner})")
+        self.text[node] = output
+
+    def _passed_on(self, said: AttentionCall) -> list[str]:
+        signature = inspect.signature(self.trace.module.forward)
+        keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        if keywords is None or (self.trace.call.extra and not said.passed_through):
+            return []
+        return [f"**{keywords}"]
+
+    def _module_expression(self, module: nn.Module) -> str:
+        path = next((name for name, other in self.trace.module.named_modules() if other is module), None)
+        if path is None:
+            raise EmitError("attention is called for a module outside of the one that was traced")
+        return f"self.{_path(path)}" if path else "self"
+
+    def _cache(self, node: fx.Node) -> None:
+        said = self.trace.calls[node.args[3]]
+        assert isinstance(said, CacheCall)
+        cache = self._cache_expression()
+        key, value = self.write(node.args[0], node), self.write(node.args[1], node)
+        layer = self._attribute("cache_layer", said.layer)
+        names = ["key_states", "value_states"]
+        for name, text in zip(names, (key, value), strict=True):
+            if name != text:
+                self.lines.append(f"{name} = {text}")
+        self.lines.append(f"if {cache} is not None:")
+        self.lines.append(f"    key_states, value_states = {cache}.update(key_states, value_states, {layer})")
+        self.text[node] = "\0" + ", ".join(names)
+
+    def _cache_expression(self) -> str:
+        for name, value in self.trace.call.arguments.items():
+            if isinstance(value, CacheSlot):
+                return name if name not in self.trace.call.extra else f'kwargs.get("{name}")'
+        raise EmitError("the cache is not among the arguments of the module")
+
+    def _returned(self) -> str:
+        tensors = self.trace.graph.output_node().args[0]
+
+        def write(leaf: Any) -> str:
+            if isinstance(leaf, Output):
+                return self.text[tensors[leaf.index]]
+            if isinstance(leaf, AttentionWeights):
+                return self.weights or "None"
+            if hasattr(leaf, "get_seq_length"):
+                return self._cache_expression()
+            return literal(leaf)
+
+        output = self.trace.output
+        if isinstance(output, (tuple, list)) and type(output) in (tuple, list):
+            return ", ".join(write(leaf) for leaf in output) + ("," if len(output) == 1 else "")
+        leaves = pytree.tree_leaves(output)
+        if len(leaves) != 1 or leaves[0] is not output:
+            raise EmitError(f"the module returns a {type(output).__name__}")
+        return write(output)
+
+    def _definition(self) -> str:
+        parts, starred = ["self"], False
+        for parameter in inspect.signature(self.trace.module.forward).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+                parts.append("*")
+                starred = True
+            starred |= parameter.kind is parameter.VAR_POSITIONAL
+            prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+            default = "" if parameter.default is parameter.empty else f"={_default(parameter.default)}"
+            parts.append(f"{prefix}{parameter.name}{default}")
+        return f"def forward({', '.join(parts)}):"
+
+
+def _default(value: Any) -> str:
+    try:
+        return literal(value)
+    except EmitError:
+        return "None"
+
+
+def _path(name: str) -> str:
+    """A dotted path as an attribute expression: `layers.0.mlp` → `layers[0].mlp`."""
+    text = ""
+    for part in name.split("."):
+        text += f"[{part}]" if part.isdigit() else f".{part}" if text else part
+    return text
+
+
+def emit(
+    trace: Trace,
+    edits: Edits | None = None,
+    linear_modules: Collection[str] = (),
+    observed: Mapping[str, fx.Node] | None = None,
+) -> Forward:
+    """Write a traced module's forward method.
+
+    linear_modules: paths of modules that will be `nn.Linear` when the method runs, beside those that are already.
+    observed: name → node; the method calls `self.observe(name, value)` as soon as it has the value.
+    Raises EmitError where an operation has no Python form.
+    """
+    return _Writer(trace, edits or Edits(), linear_modules, observed or {}).emit()

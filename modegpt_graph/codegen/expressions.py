@@ -1,0 +1,151 @@
+"""One operation as one Python expression, written as a person would."""
+
+import keyword
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from modegpt_graph.errors import ModegptError
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "floordiv": "//", "mod": "%"}
+_METHODS = {
+    "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "contiguous", "flatten", "softmax", "mean",
+    "sum", "tanh", "sigmoid", "relu", "exp", "sqrt", "rsqrt", "pow", "clone", "repeat", "t", "chunk", "float", "type_as",
+    "masked_fill", "bmm", "movedim", "roll", "index_select", "abs", "square", "repeat_interleave", "unflatten", "clamp",
+    "unbind", "narrow", "expand_as", "view_as", "flip", "baddbmm", "detach",
+}
+_NO_SCALAR_METHOD = {"split_with_sizes": "split"}
+_LAST = 2**63 - 1
+_ATOM = re.compile(r"^[\w.]+(\([^()]*\)|\[[^\[\]]*\])*$")
+
+
+class EmitError(ModegptError):
+    """A graph that cannot be written as Python."""
+
+
+def identifier(name: str) -> str:
+    """A name made fit for Python."""
+    cleaned = re.sub(r"\W", "_", name)
+    return f"_{cleaned}" if cleaned[:1].isdigit() or keyword.iskeyword(cleaned) else cleaned
+
+
+def literal(value: Any) -> str:
+    """A constant as Python source. Raises EmitError for values that have none."""
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(literal, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
+    raise EmitError(f"a constant of type {type(value).__name__} has no Python source")
+
+
+def atom(text: str) -> str:
+    """An expression that can stand before a dot or within a product."""
+    return text if _ATOM.match(text) or text.isidentifier() else f"({text})"
+
+
+def call(name: str, target: Any, args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    """An operation applied to arguments that are written already.
+
+    name: plain name of the operation.   raw: the arguments themselves, to tell constants from expressions.
+    """
+    special = _SPECIAL.get(name)
+    if special is not None:
+        written = special(args, kwargs, raw)
+        if written is not None:
+            return written
+    if name in _INFIX and len(args) == 2 and not kwargs:
+        return f"{atom(args[0])} {_INFIX[name]} {atom(args[1])}"
+    rest = [*args[1:], *(f"{key}={value}" for key, value in kwargs.items())]
+    if name in _METHODS and args:
+        flat = [item.strip("[]") if name in ("view", "reshape", "expand", "permute", "repeat") and n == 0 else item
+                for n, item in enumerate(rest)]
+        return f"{atom(args[0])}.{name}({', '.join(flat)})"
+    if getattr(target, "namespace", None) == "aten" or hasattr(target, "_opname"):
+        overload = getattr(target, "_overloadname", "default")
+        return f"torch.ops.{target.namespace}.{name}.{overload}({', '.join([*args, *rest[len(args) - 1 :]])})"
+    raise EmitError(f"the operation `{name}` cannot be written as Python")
+
+
+def _slice(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+    axis = raw[1] if len(raw) > 1 else 0
+    start = args[2] if len(args) > 2 and raw[2] not in (None, 0) else ""
+    stop = args[3] if len(args) > 3 and raw[3] is not None and raw[3] != _LAST else ""
+    step = f":{args[4]}" if len(args) > 4 and raw[4] != 1 else ""
+    if not start and not stop and not step:
+        return args[0]
+    window = f"{start}:{stop}{step}"
+    return f"{atom(args[0])}[{'..., ' if axis == -1 else ':, ' * axis}{window}]" if axis >= -1 else None
+
+
+def _select(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+    axis = raw[1]
+    if axis < -1:
+        return None
+    return f"{atom(args[0])}[{'..., ' if axis == -1 else ':, ' * axis}{args[2]}]"
+
+
+def _neg(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    return f"-{atom(args[0])}"
+
+
+def _function(path: str) -> Callable[..., str]:
+    def write(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+        return f"{path}({', '.join([*args, *(f'{key}={value}' for key, value in kwargs.items())])})"
+
+    return write
+
+
+def _split(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    axis = args[2] if len(args) > 2 else kwargs.get("dim", "0")
+    return f"{atom(args[0])}.split({args[1]}, dim={axis})"
+
+
+def _getitem(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    return f"{atom(args[0])}[{args[1]}]"
+
+
+def _index(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    inner = args[1].strip("[]").replace("None", ":")
+    return f"{atom(args[0])}[{inner}]"
+
+
+def _cast(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+    dtype = kwargs.get("dtype", args[1] if len(args) > 1 else None)
+    return None if dtype is None else f"{atom(args[0])}.to({dtype})"
+
+
+def _same(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    return args[0]
+
+
+_SPECIAL: dict[str, Callable[..., str | None]] = {
+    "slice": _slice,
+    "select": _select,
+    "neg": _neg,
+    "cat": _function("torch.cat"),
+    "stack": _function("torch.stack"),
+    "silu": _function("nn.functional.silu"),
+    "gelu": _function("nn.functional.gelu"),
+    "linear": _function("nn.functional.linear"),
+    "layer_norm": _function("nn.functional.layer_norm"),
+    "addmm": _function("torch.addmm"),
+    "scaled_dot_product_attention": _function("nn.functional.scaled_dot_product_attention"),
+    "split": _split,
+    "split_with_sizes": _split,
+    "getitem": _getitem,
+    "index": _index,
+    "_to_copy": _cast,
+    "to": _cast,
+    "alias": _same,
+    "lift_fresh_copy": _same,
+    "lift_fresh": _same,
+    "detach": _same,
+}

@@ -59,8 +59,10 @@ class _Writer:
             linear = find_linear(node, self.trace, self.parameters)
             if linear is not None and self._is_module_call(linear):
                 self.linears[node] = linear
-        self.arguments = {node: self.edits.arguments.get(node, (node.target, node.args, node.kwargs))
-                          for node in self.trace.graph.nodes}
+        self.arguments = {
+            node: self.edits.arguments.get(node, (node.target, node.args, node.kwargs))
+            for node in self.trace.graph.nodes
+        }
         self.inputs = self._input_expressions()
         self.main = self._main_input()
         self.sizes = self._size_expressions()
@@ -132,7 +134,11 @@ class _Writer:
                 return text
             index = self._buffer(f"index_{value.name}", gather.index)
             if gather.index.ndim == 1:
-                return f"{atom(text)}[..., {index}]" if gather.axis == -1 else f"{atom(text)}.index_select({gather.axis}, {index})"
+                return (
+                    f"{atom(text)}[..., {index}]"
+                    if gather.axis == -1
+                    else f"{atom(text)}.index_select({gather.axis}, {index})"
+                )
             missing = gather.index.ndim - value.meta["val"].ndim
             text = f"{atom(text)}[{'None, ' * missing}...]" if missing > 0 else text
             return f"torch.take_along_dim({text}, {index}, dim={gather.axis})"
@@ -168,7 +174,9 @@ class _Writer:
                 return self.inputs[node.name]
             if node.name in self.trace.state:
                 return f"self.{_path(self.trace.state[node.name])}"
-            return self._buffer(f"constant_{node.name.rpartition('lifted_tensor_')[2]}", self.trace.constants[node.name])
+            return self._buffer(
+                f"constant_{node.name.rpartition('lifted_tensor_')[2]}", self.trace.constants[node.name]
+            )
         name = operation(node)
         if name == "sym_size":
             value = node.meta["val"]
@@ -179,8 +187,13 @@ class _Writer:
         target, args, kwargs = self.arguments[node]
         raw = tuple(args)
         written = tuple(self._argument(node, n, value) for n, value in enumerate(args))
-        return call(operation(node) if target is node.target else target._opname, target, written,
-                    {key: self.write(value, node) for key, value in kwargs.items()}, raw)
+        return call(
+            operation(node) if target is node.target else target._opname,
+            target,
+            written,
+            {key: self.write(value, node) for key, value in kwargs.items()},
+            raw,
+        )
 
     def _argument(self, node: fx.Node, number: int, value: Any) -> str:
         """An argument; numbers that an edit changed become attributes."""
@@ -254,7 +267,7 @@ class _Writer:
     def _attention(self, node: fx.Node) -> None:
         said = self.trace.calls[node.args[6]]
         assert isinstance(said, AttentionCall)
-        module = self._module_expression(said.module)
+        module = self._module_expression(said.path)
         fallback = said.fallback
         self.imports["ALL_ATTENTION_FUNCTIONS"] = ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
         self.imports[fallback.__name__] = (fallback.__module__, fallback.__qualname__)
@@ -283,8 +296,7 @@ class _Writer:
             return []
         return [f"**{keywords}"]
 
-    def _module_expression(self, module: nn.Module) -> str:
-        path = next((name for name, other in self.trace.module.named_modules() if other is module), None)
+    def _module_expression(self, path: str | None) -> str:
         if path is None:
             raise EmitError("attention is called for a module outside of the one that was traced")
         return f"self.{_path(path)}" if path else "self"
@@ -294,7 +306,9 @@ class _Writer:
         assert isinstance(said, CacheCall)
         cache = self._cache_expression()
         key, value = self.write(node.args[0], node), self.write(node.args[1], node)
-        layer = self._attribute("cache_layer", said.layer)
+        number = sum(isinstance(call, CacheCall) for call in self.trace.calls[: node.args[3]])
+        name = "cache_layer" if number == 0 else f"cache_layer_{number + 1}"
+        layer = self._attribute(name, said.layer)
         names = ["key_states", "value_states"]
         for name, text in zip(names, (key, value), strict=True):
             if name != text:

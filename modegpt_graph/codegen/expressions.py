@@ -12,10 +12,48 @@ from modegpt_graph.errors import ModegptError
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "floordiv": "//", "mod": "%"}
 _METHODS = {
-    "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "contiguous", "flatten", "softmax", "mean",
-    "sum", "tanh", "sigmoid", "relu", "exp", "sqrt", "rsqrt", "pow", "clone", "repeat", "t", "chunk", "float", "type_as",
-    "masked_fill", "bmm", "movedim", "roll", "index_select", "abs", "square", "repeat_interleave", "unflatten", "clamp",
-    "unbind", "narrow", "expand_as", "view_as", "flip", "baddbmm", "detach",
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "contiguous",
+    "flatten",
+    "softmax",
+    "mean",
+    "sum",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "exp",
+    "sqrt",
+    "rsqrt",
+    "pow",
+    "clone",
+    "repeat",
+    "t",
+    "chunk",
+    "float",
+    "type_as",
+    "masked_fill",
+    "bmm",
+    "movedim",
+    "roll",
+    "index_select",
+    "abs",
+    "square",
+    "repeat_interleave",
+    "unflatten",
+    "clamp",
+    "unbind",
+    "narrow",
+    "expand_as",
+    "view_as",
+    "flip",
+    "baddbmm",
+    "detach",
 }
 _NO_SCALAR_METHOD = {"split_with_sizes": "split"}
 _LAST = 2**63 - 1
@@ -65,8 +103,10 @@ def call(name: str, target: Any, args: tuple[str, ...], kwargs: Mapping[str, str
         return f"{atom(args[0])} {_INFIX[name]} {atom(args[1])}"
     rest = [*args[1:], *(f"{key}={value}" for key, value in kwargs.items())]
     if name in _METHODS and args:
-        flat = [item.strip("[]") if name in ("view", "reshape", "expand", "permute", "repeat") and n == 0 else item
-                for n, item in enumerate(rest)]
+        flat = [
+            item.strip("[]") if name in ("view", "reshape", "expand", "permute", "repeat") and n == 0 else item
+            for n, item in enumerate(rest)
+        ]
         return f"{atom(args[0])}.{name}({', '.join(flat)})"
     if getattr(target, "namespace", None) == "aten" or hasattr(target, "_opname"):
         overload = getattr(target, "_overloadname", "default")

@@ -1,9 +1,11 @@
 """How a model calls its modules: the arguments seen when the model runs on the meta device."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.utils._pytree as pytree
@@ -30,6 +32,7 @@ class Call:
     arguments: name → value, tensors replaced by their index into `tensors`, caches by `CACHE`.
     dynamic: per tensor, the axes whose size follows the batch or the number of tokens.
     length: (tensor, axis) whose size is that of all tokens so far, where the call has one.
+    cache_layers: the layer numbers under which the call updated the cache, in order.
     """
 
     arguments: Mapping[str, Any]
@@ -38,11 +41,16 @@ class Call:
     dynamic: tuple[tuple[int, ...], ...]
     length: tuple[int, int] | None
     has_cache: bool
+    cache_layers: tuple[int, ...] = ()
 
     def inputs(self) -> list[tuple[Path, int]]:
         """Where each tensor stands among the arguments: (path, index into `tensors`)."""
         leaves, _ = pytree.tree_flatten_with_path(dict(self.arguments), is_leaf=_is_leaf)
-        return [(tuple(key.key if hasattr(key, "key") else key.idx for key in path), leaf.index) for path, leaf in leaves if isinstance(leaf, Slot)]
+        return [
+            (tuple(key.key if hasattr(key, "key") else key.idx for key in path), leaf.index)
+            for path, leaf in leaves
+            if isinstance(leaf, Slot)
+        ]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,31 @@ def _is_leaf(value: object) -> bool:
     return isinstance(value, (Slot, CacheSlot)) or is_cache(value)
 
 
-def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[dict[str, Any], tuple[str, ...], list[Tensor]]:
+@dataclass(frozen=True)
+class _Seen:
+    arguments: dict[str, Any]
+    extra: tuple[str, ...]
+    tensors: list[Tensor]
+    cache_layers: list[int]
+
+
+@contextmanager
+def _watched_updates(cache: Any, updated: Callable[[int], None]) -> Iterator[None]:
+    """Tell `updated` the layer number of every update of a cache."""
+    if cache is None:
+        yield
+        return
+    original = type(cache).update
+
+    def update(self: Any, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        updated(layer)
+        return original(self, key, value, layer, *args, **kwargs)
+
+    with patch.object(type(cache), "update", update):
+        yield
+
+
+def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     arguments, extra = {}, ()
     for name, value in bound.arguments.items():
@@ -88,19 +120,30 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> tuple[dict[str, A
             return Slot(len(tensors) - 1)
         return CacheSlot(value) if is_cache(value) else value
 
-    return pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors
+    return _Seen(pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors, [])
 
 
-def _run(model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None) -> dict:
+def _run(
+    model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None
+) -> dict[str, _Seen]:
     """Arguments of the first call of each module; the run has a cache with tokens in it where the model takes one."""
-    seen: dict[str, tuple[dict[str, Any], tuple[str, ...], list[Tensor]]] = {}
+    seen: dict[str, _Seen] = {}
+    running: list[str] = []
 
-    def hook(name: str):
+    def enter(name: str):
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            running.append(name)
             if name not in seen:
                 seen[name] = _recorded(module, args, kwargs)
 
         return record
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    def updated(layer: int) -> None:
+        for name in running:
+            seen[name].cache_layers.append(layer)
 
     def run(count: int, **kwargs: Any) -> Any:
         tokens = torch.zeros(sizes.batch, count, dtype=torch.long, device="meta")
@@ -121,8 +164,11 @@ def _run(model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, examp
                 if "position_ids" in accepted:
                     positions = torch.arange(sizes.cached, total, device="meta")
                     cached["position_ids"] = positions.expand(sizes.batch, -1)
-            handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
-            run(sizes.tokens, **cached)
+            for name, module in modules.items():
+                handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+                handles.append(module.register_forward_hook(leave))
+            with _watched_updates(cached.get("past_key_values"), updated):
+                run(sizes.tokens, **cached)
     finally:
         for handle in handles:
             handle.remove()
@@ -142,7 +188,8 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
     for name in modules:
         if name not in runs[0]:
             raise ModegptError(f"{name}: the model never calls this module; it cannot be traced on its own")
-        (arguments, extra, tensors), (_, _, others) = runs[0][name], runs[1][name]
+        arguments, extra, tensors = runs[0][name].arguments, runs[0][name].extra, runs[0][name].tensors
+        others = runs[1][name].tensors
         dynamic = tuple(
             tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
             for a, b in zip(tensors, others, strict=True)
@@ -159,5 +206,7 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
         )
         leaves = pytree.tree_leaves(arguments, is_leaf=_is_leaf)
         has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
-        calls[name] = Call(arguments, extra, tuple(tensors), dynamic, length, has_cache)
+        calls[name] = Call(
+            arguments, extra, tuple(tensors), dynamic, length, has_cache, tuple(runs[0][name].cache_layers)
+        )
     return calls

@@ -78,7 +78,9 @@ class _Called(nn.Module):
                 return Output(len(returned) - 1)
             return leaf
 
-        self.recorder.output = pytree.tree_map(place, output, is_leaf=lambda x: isinstance(x, (AttentionWeights, TracedCache)))
+        self.recorder.output = pytree.tree_map(
+            place, output, is_leaf=lambda x: isinstance(x, (AttentionWeights, TracedCache))
+        )
         return tuple(returned)
 
 
@@ -87,7 +89,7 @@ def export(module: nn.Module, call: Call) -> Trace:
 
     Raises TraceError, with the reason of torch.export in one line.
     """
-    recorder = Recorder()
+    recorder = Recorder(module)
     called = _Called(module, call, recorder)
     shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in call.dynamic)
     try:

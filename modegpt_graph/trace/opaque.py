@@ -21,11 +21,12 @@ from transformers.modeling_utils import AttentionInterface
 class AttentionCall:
     """One call of the attention interface: what its node must say again when the code is emitted.
 
+    path: of the module that called, within the traced one.
     tensors: names of the keyword arguments that were tensors, in the order of the node's `extras`.
     constants: keyword arguments that the module itself gave.   passed_through: those it took from its own caller.
     """
 
-    module: nn.Module
+    path: str | None
     fallback: Callable[..., Any]
     scaling: float | None
     tensors: tuple[str, ...]
@@ -47,9 +48,14 @@ class AttentionWeights:
 class Recorder:
     """The opaque calls of one trace, in order (a node's `call` argument indexes them), and what the module returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.calls: list[AttentionCall | CacheCall] = []
         self.output: Any = None
+        self._paths = {id(part): path for path, part in module.named_modules()}
+
+    def path_of(self, module: nn.Module) -> str | None:
+        """Where a module lies within the traced one; None outside of it."""
+        return self._paths.get(id(module))
 
     def add(self, call: AttentionCall | CacheCall) -> int:
         self.calls.append(call)
@@ -115,7 +121,9 @@ def opaque_calls(recorder: Recorder, passed_through: Sequence[str] = ()) -> Iter
             own = {name: value for name, value in kwargs.items() if name not in handed_on}
             tensors = tuple(name for name, value in own.items() if isinstance(value, Tensor))
             constants = {name: value for name, value in own.items() if name not in tensors}
-            index = recorder.add(AttentionCall(module, default, scaling, tensors, constants, handed_on))
+            index = recorder.add(
+                AttentionCall(recorder.path_of(module), default, scaling, tensors, constants, handed_on)
+            )
             scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
             mask = attention_mask if isinstance(attention_mask, Tensor) else None
             extras = [own[name] for name in tensors]

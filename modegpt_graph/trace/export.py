@@ -12,6 +12,7 @@ from torch.export.graph_signature import InputKind
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.trace.calls import CacheSlot, Call, Slot
+from modegpt_graph.trace.fake import fake_cpu
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 
 
@@ -93,8 +94,8 @@ def export(module: nn.Module, call: Call) -> Trace:
     called = _Called(module, call, recorder)
     shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in call.dynamic)
     try:
-        with opaque_calls(recorder, call.extra), torch.no_grad():
-            program = torch.export.export(called, call.tensors, dynamic_shapes=(shapes,), strict=False)
+        with opaque_calls(recorder, call.extra), torch.no_grad(), fake_cpu(module, call.tensors) as tensors:
+            program = torch.export.export(called, tensors, dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(f"{type(module).__name__}: torch.export stopped: {reason}") from error

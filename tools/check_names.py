@@ -25,7 +25,8 @@ MODULE_NAMES = frozenset(
 # Model types that are also words: an identifier or a sentence may hold them, a string that is nothing else may not.
 WORDS = frozenset(
     """
-    beam bloom codegen ctrl electra falcon flint git granite helium laguna mvp opt pegasus persimmon phi reformer whisper
+    beam bloom codegen ctrl electra falcon flint git granite helium laguna mvp opt pegasus persimmon phi
+    reformer whisper
     """.split()
 )
 

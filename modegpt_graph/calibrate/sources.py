@@ -83,10 +83,16 @@ def _read_hub(name: str, purpose: Purpose) -> str:
     split = known.calibration if purpose == "calibration" else known.evaluation
     if split is None:
         raise InputError(f"{name} has no held-out split to evaluate on; give a text file or one of wikitext2, c4")
-    if not hub_is_reachable():
-        raise HubUnreachable(f"{name} is on the Hugging Face hub, which is out of reach; give a text file instead")
+    # In the library's own offline mode a copy in its cache is found at once, and its absence too.
+    if not datasets.config.HF_HUB_OFFLINE and not hub_is_reachable():
+        raise HubUnreachable(
+            f"{name} is on the Hugging Face hub, which is out of reach; "
+            "give a text file, or set HF_HUB_OFFLINE=1 to use a cached copy"
+        )
     try:
-        records = datasets.load_dataset(known.path, known.subset, split=split, streaming=True)
+        # A set that is taken only in part is streamed; a whole one is worth its place in the library's cache.
+        streaming = known.records is not None
+        records = datasets.load_dataset(known.path, known.subset, split=split, streaming=streaming)
         return SEPARATOR.join(islice(_texts(records), known.records))
     except OSError as error:
         raise HubUnreachable(f"{name} could not be fetched from the hub: {error}; give a text file instead") from error

@@ -104,6 +104,12 @@ class TestReadText:
         with pytest.raises(HubUnreachable, match=r"wikitext2 .* out of reach"):
             read_text("wikitext2")
 
+    def test_in_offline_mode_only_the_cache_is_asked(self, no_hub, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(HubUnreachable, match="alpaca could not be fetched"):
+            read_text("alpaca")
+
     def test_no_held_out_split(self):
         with pytest.raises(InputError, match="alpaca has no held-out split"):
             read_text("alpaca", "evaluation")

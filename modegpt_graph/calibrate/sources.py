@@ -78,13 +78,14 @@ def _read_file(file: Path) -> str:
 
 def _read_hub(name: str, purpose: Purpose) -> str:
     import datasets
+    from datasets import config
 
     known = HUB_TEXTS[name]
     split = known.calibration if purpose == "calibration" else known.evaluation
     if split is None:
         raise InputError(f"{name} has no held-out split to evaluate on; give a text file or one of wikitext2, c4")
     # In the library's own offline mode a copy in its cache is found at once, and its absence too.
-    if not datasets.config.HF_HUB_OFFLINE and not hub_is_reachable():
+    if not config.HF_HUB_OFFLINE and not hub_is_reachable():
         raise HubUnreachable(
             f"{name} is on the Hugging Face hub, which is out of reach; "
             "give a text file, or set HF_HUB_OFFLINE=1 to use a cached copy"

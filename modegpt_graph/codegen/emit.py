@@ -163,7 +163,10 @@ class _Writer:
         for known, other in self.buffers.items():
             if other.shape == value.shape and torch.equal(other, value):
                 return f"self.{known}"
-        name = identifier(name)
+        base, number = identifier(name), 2
+        name = base
+        while name in self.buffers:
+            name, number = f"{base}_{number}", number + 1
         self.buffers[name] = value
         return f"self.{name}"
 

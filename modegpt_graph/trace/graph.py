@@ -93,6 +93,8 @@ def normalise(trace: Trace) -> Graph:
             linears.setdefault(linear.weight, []).append(node.name)
         elif kind is Effect.SAME and operands:
             names[node] = operands[0]
+        elif name == "getitem" and effect(node.args[0]) is Effect.CACHE:
+            names[node] = names[node.args[0].args[node.args[1]]]
         elif kind is Effect.ATTENTION:
             query, key, value, *rest = operands
             scores = add(f"{node.name}:scores", node, "scores", Effect.PRODUCT_SUM, [query, key])

@@ -1,0 +1,212 @@
+"""Put decompositions into a model: smaller matrices, and forward methods that fit them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.codegen.emit import Forward, emit
+from modegpt_graph.codegen.install import install
+from modegpt_graph.flow.shrink import Edits, Selection, shrink
+from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.match.probe import selection_of
+from modegpt_graph.rewrite.solution import Solution, slots, taken
+from modegpt_graph.trace.linear import Linear
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A matrix after the rewrite: (output features, input features), whether it has a bias and is an `nn.Linear`."""
+
+    out_features: int
+    in_features: int
+    bias: bool
+    is_linear: bool
+
+
+@dataclass(frozen=True)
+class RewrittenModule:
+    """What changed in one module.
+
+    class_name: of its new class, None where its own forward method fits the smaller matrices.
+    resized: path of the matrix's module within this one → its new shape.
+    """
+
+    path: str
+    class_name: str | None
+    forward: Forward | None
+    resized: Mapping[str, Resized]
+
+
+@dataclass
+class _Matrix:
+    """A weight (out, in) and bias on their way to what they become."""
+
+    linear: Linear
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor
+    columns: Tensor
+
+    def finished(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.weight[self.rows][:, self.columns]
+        return weight, None if self.bias is None else self.bias[self.rows]
+
+
+def rewrite(
+    model: nn.Module, modules: tuple[SiteModule, ...], solutions: Mapping[str, Solution]
+) -> tuple[RewrittenModule, ...]:
+    """Rewrite every site that has a solution, in place. solutions: site id → its solution.
+
+    Raises ModegptError where a module cannot be rewritten.
+    """
+    names: dict[str, str] = {}
+    outcome = []
+    for one in modules:
+        chosen = {placed.site.id: solutions[placed.site.id] for placed in one.placed if placed.site.id in solutions}
+        if chosen:
+            outcome.append(_rewrite_module(model, one, chosen, names))
+    return tuple(outcome)
+
+
+def _rewrite_module(
+    model: nn.Module, one: SiteModule, solutions: Mapping[str, Solution], names: dict[str, str]
+) -> RewrittenModule:
+    module = model.get_submodule(one.path)
+    placed = [p for p in one.placed if p.site.id in solutions]
+    selection = _merged(one, placed, solutions)
+    edits = shrink(one.region, one.flow, selection)
+    matrices = _matrices(module, one, placed, solutions, selection, edits)
+    converts = not edits.empty
+    resized = {path: shape for path, shape in (_replace(module, m, converts) for m in matrices.values())}
+    if edits.empty:
+        return RewrittenModule(one.path, None, None, resized)
+    forward = emit(one.trace, edits, [path for path, shape in resized.items() if shape.is_linear])
+    name = names.setdefault(forward.source, f"Compressed{type(module).__name__}{_number(names, module)}")
+    install(module, forward, name)
+    return RewrittenModule(one.path, name, forward, resized)
+
+
+def _number(names: Mapping[str, str], module: nn.Module) -> str:
+    base = f"Compressed{type(module).__name__}"
+    others = sum(name.rstrip("0123456789") == base for name in names.values())
+    return str(others + 1) if others else ""
+
+
+def linear_path(linear: Linear) -> str:
+    """The module, within the traced one, that holds a matrix."""
+    return linear.weight.rpartition(".")[0]
+
+
+def _labels(one: SiteModule, placed: Placed) -> dict[str, Tensor]:
+    """Selected role → (G, g, d) labels of its rows, in the labels of the whole module."""
+    producers = placed.footprint.outline.producers
+    return {
+        role: placed.footprint.layout.members[role] + one.offsets[linear.weight] for role, linear in producers.items()
+    }
+
+
+def _merged(one: SiteModule, placed: list[Placed], solutions: Mapping[str, Solution]) -> Selection:
+    count = one.flow.classes.count
+    merged = Selection.everything(count)
+    for p in placed:
+        own = selection_of(p.footprint.layout, solutions[p.site.id].kept, _labels(one, p), count)
+        merged = Selection(merged.keep & own.keep, torch.where(own.source != torch.arange(count), own.source, merged.source))
+    return merged
+
+
+def _matrices(
+    module: nn.Module,
+    one: SiteModule,
+    placed: list[Placed],
+    solutions: Mapping[str, Solution],
+    selection: Selection,
+    edits: Edits,
+) -> dict[str, _Matrix]:
+    matrices: dict[str, _Matrix] = {}
+
+    def matrix(linear: Linear) -> _Matrix:
+        if linear.weight not in matrices:
+            weight = module.get_parameter(linear.weight).detach()
+            weight = weight.T if linear.transposed else weight
+            bias = module.get_parameter(linear.bias).detach() if linear.bias else None
+            rows, columns = (torch.arange(size) for size in weight.shape)
+            matrices[linear.weight] = _Matrix(linear, weight.clone(), None if bias is None else bias.clone(), rows, columns)
+        return matrices[linear.weight]
+
+    for p in placed:
+        solution, layout = solutions[p.site.id], p.footprint.layout
+        places, sources = slots(layout, [kept.shape[1] for kept in solution.kept]), taken(layout, solution.kept)
+        for role, linear in p.footprint.outline.producers.items():
+            _select_rows(matrix(linear), layout.members[role], places, sources, solution.maps.get(role))
+        for role, linear in p.footprint.outline.consumers.items():
+            _select_columns(matrix(linear), layout.members[role], places, sources, solution.refits.get(role))
+    for weight, linear in one.producers.items():
+        if weight in matrices:
+            first = one.offsets[weight]
+            kept = selection.keep[first : first + matrices[weight].weight.shape[0]]
+            matrices[weight].rows = kept.nonzero().flatten()
+    return matrices
+
+
+def _select_rows(matrix: _Matrix, members: Tensor, places: Tensor, sources: Tensor, mapped: Tensor | None) -> None:
+    """Put new rows into the places that stay. members: (G, g, d).   places, sources: (G, k).   mapped: (G, g, d, k)."""
+    if matrix.weight.is_meta:
+        return
+    heads = members.shape[1]
+    targets = members.gather(2, places[:, None].expand(-1, heads, -1))  # (G, g, k)
+    if mapped is None:
+        chosen = members.gather(2, sources[:, None].expand(-1, heads, -1))
+        weight, bias = matrix.weight[chosen], None if matrix.bias is None else matrix.bias[chosen]
+    else:
+        weight = torch.einsum("ghdk,ghdi->ghki", mapped, matrix.weight[members].double())
+        bias = None if matrix.bias is None else torch.einsum("ghdk,ghd->ghk", mapped, matrix.bias[members].double())
+    matrix.weight[targets] = weight.to(matrix.weight.dtype)
+    if matrix.bias is not None and bias is not None:
+        matrix.bias[targets] = bias.to(matrix.bias.dtype)
+
+
+def _select_columns(
+    matrix: _Matrix, members: Tensor, places: Tensor, sources: Tensor, refit: tuple[Tensor, Tensor | None] | None
+) -> None:
+    """Put new columns into the places that stay, and drop the others."""
+    heads = members.shape[1]
+    targets = members.gather(2, places[:, None].expand(-1, heads, -1))  # (G, g, k)
+    untouched = torch.ones(matrix.weight.shape[1], dtype=torch.bool)
+    untouched[members.flatten()] = False
+    untouched[targets.flatten()] = True
+    if not matrix.weight.is_meta:
+        if refit is None:
+            chosen = members.gather(2, sources[:, None].expand(-1, heads, -1))
+            matrix.weight[:, targets.flatten()] = matrix.weight[:, chosen.flatten()]
+        else:
+            weight, bias = refit
+            matrix.weight[:, targets.flatten()] = weight.flatten(0, 2).T.to(matrix.weight.dtype)
+            if bias is not None and matrix.bias is not None:
+                matrix.bias = bias.to(matrix.bias.dtype)
+    matrix.columns = untouched.nonzero().flatten()
+
+
+def _replace(module: nn.Module, matrix: _Matrix, converts: bool) -> tuple[str, Resized]:
+    """Put a finished matrix back under its old name, as an `nn.Linear` where its module is nothing but that."""
+    weight, bias = matrix.finished()
+    path = linear_path(matrix.linear)
+    owner = module.get_submodule(path)
+    plain = {name for name, _ in owner.named_parameters(recurse=False)} <= {"weight", "bias"}
+    is_linear = type(owner) is nn.Linear or (converts and plain and bool(path))
+    shape = Resized(*weight.shape, bias is not None, is_linear)
+    if is_linear:
+        new = nn.Linear(shape.in_features, shape.out_features, shape.bias, device=weight.device, dtype=weight.dtype)
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            new.bias = nn.Parameter(bias, requires_grad=False)
+        new.train(owner.training)
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, new)
+    else:
+        stored = weight.T.contiguous() if matrix.linear.transposed else weight
+        setattr(owner, matrix.linear.weight.rpartition(".")[2], nn.Parameter(stored, requires_grad=False))
+        if bias is not None and matrix.linear.bias is not None:
+            setattr(owner, matrix.linear.bias.rpartition(".")[2], nn.Parameter(bias, requires_grad=False))
+    return path, shape

@@ -1,0 +1,64 @@
+"""What is done at one site: which features stay, and the matrices that go with them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from modegpt_graph.flow.layout import Layout
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A site's decomposition.
+
+    kept: per kind, (G, n) blocks in their new order; the first n places of each kind stay and get their features.
+    maps: selected role → (G, g, d, k): new features = old features · map; roles without one keep the chosen features.
+    refits: refitted role → (weight (G, g, k, D), bias (D,) or None): its rows for the new features; without one, the
+    rows of the kept features.
+    relative_error: squared error of the pair's output on the calibration set, relative to the output.
+    """
+
+    kept: tuple[Tensor, ...]
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
+    refits: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    relative_error: float | None = None
+
+
+def slots(layout: Layout, counts: Sequence[int]) -> Tensor:
+    """(G, k) places that stay where `counts[i]` blocks of kind i are kept, ascending."""
+    places = [k.positions[:, :count].flatten(1) for k, count in zip(layout.kinds, counts, strict=True)]
+    return torch.cat(places, dim=1).sort(dim=1).values
+
+
+def taken(layout: Layout, kept: Sequence[Tensor]) -> Tensor:
+    """(G, k) features that move into `slots`, in the order of the slots."""
+    places, sources = [], []
+    for kind, chosen in zip(layout.kinds, kept, strict=True):
+        groups = torch.arange(layout.groups).view(-1, 1)
+        places.append(kind.positions[:, : chosen.shape[1]].flatten(1))
+        sources.append(kind.positions[groups, chosen].flatten(1))
+    order = torch.cat(places, dim=1).argsort(dim=1)
+    return torch.cat(sources, dim=1).gather(1, order)
+
+
+def rank_of(kept: Sequence[Tensor], layout: Layout) -> int:
+    """Features that each group keeps."""
+    return sum(chosen.shape[1] * kind.block_size for chosen, kind in zip(kept, layout.kinds, strict=True))
+
+
+def counts_for(layout: Layout, rank: int) -> tuple[int, ...]:
+    """Blocks of each kind that make up about `rank` features, in proportion to what there is of each kind."""
+    share = rank / layout.size
+    counts = [min(kind.count, max(1, round(kind.count * share))) for kind in layout.kinds]
+    return tuple(counts)
+
+
+def shuffled(layout: Layout, generator: torch.Generator) -> Solution:
+    """Every feature kept, in random order: a rewrite that must change nothing."""
+    kept = tuple(
+        torch.stack([torch.randperm(kind.count, generator=generator) for _ in range(layout.groups)])
+        for kind in layout.kinds
+    )
+    return Solution(kept)

@@ -204,11 +204,11 @@ class _Writer:
             return self.write(value, node)
         old = node.args[number] if number < len(node.args) else None
         if isinstance(value, int) and not isinstance(value, bool) and value != old:
-            return self._attribute(f"size_{node.name}", value)
+            return self._attribute(f"size_{node.name}_{number}", value)
         if isinstance(value, (list, tuple)) and not isinstance(old, fx.Node):
             same_length = isinstance(old, (list, tuple)) and len(old) == len(value)
             parts = [
-                self._attribute(f"size_{node.name}_{place}", item)
+                self._attribute(f"size_{node.name}_{number}_{place}", item)
                 if isinstance(item, int) and not (same_length and old[place] == item)
                 else self.write(item, node)
                 for place, item in enumerate(value)

@@ -37,6 +37,15 @@ def decoder_matrices(trace: Trace) -> dict[str, int]:
     }
 
 
+def decoder_layers(trace: Trace) -> tuple[str, ...]:
+    """Paths of the modules that are decoder layers, by layer number; the model itself where it has no list of layers."""
+    paths: dict[int, str] = {}
+    for name, layer in decoder_matrices(trace).items():
+        place = layer_of(trace.module, name)
+        paths.setdefault(layer, "" if place is None else ".".join(filter(None, (place[0], str(place[1])))))
+    return tuple(paths[layer] for layer in sorted(paths))
+
+
 def _touches_vocabulary(trace: Trace, name: str) -> bool:
     """Whether a parameter is an embedding table, or yields the logits."""
     placeholder = next(key for key, value in trace.state.items() if value == name)

@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from modegpt_graph.flow.labels import constant_of, shape_of
+from modegpt_graph.flow.labels import constant_of, hint, shape_of
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, ShrinkError, origins, select, shrink
 from modegpt_graph.match.footprint import Footprint
@@ -183,6 +183,8 @@ def _run(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edits: Edi
     """Run the nodes of a region with their edits, in float64."""
     values: dict[fx.Node, Tensor] = dict(inputs)
     for node in region:
+        if node in edits.bypassed:
+            continue
         target, args, kwargs = edits.arguments.get(node, (node.target, node.args, node.kwargs))
 
         def fill(leaf: object, node: fx.Node = node) -> object:
@@ -192,7 +194,7 @@ def _run(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edits: Edi
                 return value if gather is None else torch.take_along_dim(*_aligned(value, gather.index, gather.axis))
             if isinstance(leaf, torch.dtype):
                 return torch.float64 if leaf.is_floating_point else leaf
-            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+            return torch.device("cpu") if isinstance(leaf, torch.device) else hint(leaf)
 
         filled_args, filled_kwargs = pytree.tree_map(
             fill, (tuple(args), dict(kwargs)), is_leaf=lambda leaf: isinstance(leaf, fx.Node)

@@ -72,6 +72,11 @@ def is_cache(value: object) -> bool:
     return callable(getattr(value, "update", None)) and callable(getattr(value, "get_seq_length", None))
 
 
+def accepted_keywords(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters of a module's forward method."""
+    return frozenset(inspect.signature(module.forward).parameters)
+
+
 def _is_leaf(value: object) -> bool:
     return isinstance(value, (Slot, CacheSlot)) or is_cache(value)
 
@@ -153,9 +158,9 @@ def _run(
     handles = []
     try:
         with torch.no_grad():
-            accepted = inspect.signature(model.forward).parameters
+            accepted = accepted_keywords(model)
             cached: dict[str, Any] = {}
-            if example_inputs is None and {"past_key_values", "use_cache"} <= set(accepted):
+            if example_inputs is None and {"past_key_values", "use_cache"} <= accepted:
                 prefix = run(sizes.cached, use_cache=True)
                 total = sizes.cached + sizes.tokens
                 cached = {"past_key_values": prefix.past_key_values, "use_cache": True}

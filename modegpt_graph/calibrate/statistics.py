@@ -1,0 +1,169 @@
+"""What calibration collects at a site: Gram matrices, summed over tokens as they stream by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.flow.labels import shape_of
+from modegpt_graph.flow.layout import Layout
+from modegpt_graph.match.footprint import Footprint
+from modegpt_graph.trace.operations import Effect, effect
+
+COLUMN_BLOCKS = 4
+
+
+class OverflowedActivations(ModegptError):
+    """Activations of a site were not finite."""
+
+    exit_code = 2
+
+
+class Gram:
+    """Σ [X, 1]ᵀ [X, 1] in float64 over all rows added, (N + 1, N + 1).
+
+    Only the lower block triangle is computed, which saves three eighths of the multiplications.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rows = size, 0
+        self._lower = torch.zeros(size, size, dtype=torch.float64)
+        self._sum = torch.zeros(size, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Add rows. features: (…, N)."""
+        features = features.reshape(-1, self.size)
+        self.rows += len(features)
+        step = -(-self.size // COLUMN_BLOCKS)
+        for start in range(0, self.size, step):
+            block = features[:, start:].T @ features[:, start : start + step]
+            self._lower[start:, start : start + step] += block.double()
+        self._sum += features.sum(0, dtype=torch.float64)
+
+    def augmented(self) -> Tensor:
+        """(N + 1, N + 1) of [X, 1]."""
+        lower = self._lower.tril()
+        full = torch.empty(self.size + 1, self.size + 1, dtype=torch.float64)
+        full[:-1, :-1] = lower + lower.tril(-1).T
+        full[-1, :-1] = full[:-1, -1] = self._sum
+        full[-1, -1] = self.rows
+        return full
+
+
+@dataclass(frozen=True)
+class ConsumerStatistics:
+    """Gram matrix of what a refitted matrix reads: (N + 1, N + 1) of [X, 1]."""
+
+    gram: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Gram matrices of queries (G, g, d, d) and keys (G, d, d), after all that stands before their product."""
+
+    queries: Tensor
+    keys: Tensor
+
+
+Statistics = ConsumerStatistics | ScoreStatistics
+
+
+class ConsumerCollector:
+    """Collects at the input of the matrix that is fitted again."""
+
+    def __init__(self, footprint: Footprint) -> None:
+        (consumer,) = footprint.outline.consumers.values()
+        self.nodes: Mapping[str, fx.Node] = {"input": consumer.source}
+        self._gram = Gram(shape_of(consumer.source)[-1])
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Another batch of what the consumer reads."""
+        self._gram.add(value.float() if value.dtype != torch.float64 else value)
+
+    def statistics(self, site: str) -> ConsumerStatistics:
+        """The sums so far. Raises OverflowedActivations where they are not finite."""
+        gram = self._gram.augmented()
+        _check(gram, site, self._gram.rows)
+        return ConsumerStatistics(gram)
+
+
+class ScoreCollector:
+    """Collects at the two operands of the attention scores."""
+
+    def __init__(self, footprint: Footprint) -> None:
+        outline, layout = footprint.outline, footprint.layout
+        query, key = outline.operands
+        self.nodes: Mapping[str, fx.Node] = {"query": query, "key": key}
+        self._turned = effect(outline.end) is not Effect.ATTENTION
+        self._query_heads = _heads_of(query, footprint, turned=False)
+        self._key_heads = _heads_of(key, footprint, turned=self._turned)[:, :1]
+        groups, size = layout.groups, layout.size
+        self._rows = 0
+        self._queries = torch.zeros(groups, self._query_heads.shape[1], size, size, dtype=torch.float64)
+        self._keys = torch.zeros(groups, 1, size, size, dtype=torch.float64)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Another batch of queries (…, H, S, d) or keys."""
+        if name == "key" and self._turned:
+            value = value.transpose(-1, -2)
+        heads, sums = (
+            (self._query_heads, self._queries) if name == "query" else (self._key_heads, self._keys)
+        )
+        total = int(self._heads_in(name))
+        value = value.reshape(-1, total, *value.shape[-2:])  # (B, H, S, d)
+        chosen = value[:, heads.flatten()].transpose(0, 1).flatten(1, 2)  # (G·g, B·S, d)
+        chosen = chosen.float() if chosen.dtype != torch.float64 else chosen
+        sums += (chosen.mT @ chosen).double().view_as(sums)
+        if name == "query":
+            self._rows += chosen.shape[1]
+
+    def _heads_in(self, name: str) -> int:
+        """Heads of an operand, without the batch that may be folded into the same axis."""
+        node = self.nodes[name]
+        shape = shape_of(node)
+        return shape[-3] if len(shape) == 4 else shape[0] // BATCH
+
+    def statistics(self, site: str) -> ScoreStatistics:
+        """The sums so far. Raises OverflowedActivations where they are not finite."""
+        _check(self._queries, site, self._rows)
+        _check(self._keys, site, self._rows)
+        return ScoreStatistics(self._queries, self._keys[:, 0])
+
+
+Collector = ConsumerCollector | ScoreCollector
+BATCH = 2  # of the recorded call whose sizes the traced example has
+
+
+def collector(footprint: Footprint) -> Collector:
+    """The collector that fits a site."""
+    return ConsumerCollector(footprint) if footprint.outline.consumers else ScoreCollector(footprint)
+
+
+def _heads_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:
+    """(G, g) which heads of an operand belong to each group."""
+    labels = footprint.flow.labels[node]
+    assert isinstance(labels, Tensor)
+    labels = labels.transpose(-1, -2) if turned else labels
+    if labels.ndim == 3:
+        labels = labels.reshape(BATCH, -1, *labels.shape[1:])
+    fibres = footprint.flow.classes.of(labels[0, :, 0])  # (H, d)
+    first = fibres.min(dim=1).values
+    groups = [(first == int(fibre.min())).nonzero().flatten() for fibre in footprint.layout.fibres]
+    return torch.stack(groups)
+
+
+def _check(sums: Tensor, site: str, rows: int) -> None:
+    bad = int((~torch.isfinite(sums)).sum())
+    if bad:
+        raise OverflowedActivations(
+            f"{site}: the Gram matrix has {bad:,} non-finite entries after {rows:,} tokens; "
+            "the model overflows on this text; try --dtype float32"
+        )
+
+
+def head_grams(gram: Tensor, layout: Layout, role: str) -> Tensor:
+    """(G, g, d, d) diagonal blocks of a consumer's Gram matrix, one per head."""
+    members = layout.members[role]  # (G, g, d)
+    return gram[members[..., :, None], members[..., None, :]]

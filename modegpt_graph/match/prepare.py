@@ -1,0 +1,65 @@
+"""From a model's source to its sites, in the whole model and in their modules: what every command starts with."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modegpt_graph.data import patterns_directory
+from modegpt_graph.match.analyse import Survey, survey
+from modegpt_graph.match.modules import SiteModule, site_modules
+from modegpt_graph.match.patterns import Pattern, load_patterns
+from modegpt_graph.models import ModelSource
+from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.trace.calls import accepted_keywords
+from modegpt_graph.trace.export import Trace, export, whole_model_call
+
+TOKENS = 7  # of the traced example: few, and a size that nothing else in a model has
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A model's skeleton, its trace and its sites."""
+
+    skeleton: nn.Module
+    trace: Trace
+    survey: Survey
+    patterns: tuple[Pattern, ...]
+    example_inputs: tuple | None
+
+    def modules(self) -> tuple[SiteModule, ...]:
+        """The smallest module of every site that can be decomposed, traced as the model calls it."""
+        return site_modules(self.skeleton, self.survey, self.patterns, self.example_inputs)
+
+
+def read_patterns(extra: Iterable[str | Path] | None = None) -> tuple[Pattern, ...]:
+    """The user's patterns, then the built-in ones; where both claim a matrix, the user's has it."""
+    return load_patterns([*(Path(path) for path in extra or ()), patterns_directory()])
+
+
+def survey_model(
+    source: ModelSource, patterns: Sequence[Pattern], progress: Progress | None = None
+) -> Surveyed:
+    """Trace a model without its weights and find its sites.
+
+    The trace is in bfloat16, so that a cast back to the model's dtype is told from a cast to float32.
+    """
+    progress = progress or NullProgress()
+    with progress.stage("trace the model"):
+        skeleton = source.skeleton().to(torch.bfloat16)
+        if source.config is not None:
+            skeleton.config._attn_implementation = "eager"
+        trace = export(skeleton, _call(skeleton, source.example_inputs))
+    with progress.stage("match and certify"):
+        found = survey(trace, patterns, source.name, source.architecture)
+    return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs)
+
+
+def _call(skeleton: nn.Module, example_inputs: tuple | None):
+    tokens = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+    if example_inputs is not None:
+        return whole_model_call(tokens, example_inputs[1:])
+    keywords = accepted_keywords(skeleton)
+    return whole_model_call(tokens, keywords={"use_cache": False} if "use_cache" in keywords else {})

@@ -67,7 +67,9 @@ def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = N
 
     args, kwargs = (node.args if args is None else args), (node.kwargs if kwargs is None else kwargs)
     filled = pytree.tree_map(fill, (tuple(args), dict(kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
-    result = node.target(*filled[0], **filled[1])
+    # Labels are laid out in memory as they come; a view that the traced strides allow is a reshape here.
+    target = torch.ops.aten.reshape.default if operation(node) in ("view", "_unsafe_view") else node.target
+    result = target(*filled[0], **filled[1])
     return tuple(result) if isinstance(result, (list, tuple)) else result
 
 

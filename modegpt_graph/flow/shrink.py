@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import Flow, Labels, hint, run_on_labels, shape_of
+from modegpt_graph.flow.relayout import RelayoutError, relayout, source_of, view_permute
 from modegpt_graph.trace.operations import Effect, effect, operation
 
 
@@ -52,16 +53,18 @@ class Edits:
     """What changes in a graph.
 
     labels: node → labels of its smaller value.   arguments: node → (target, positional, keyword) arguments.
-    gathers: (node, operand) → how the operand is gathered first.
+    gathers: (node, operand) → how the operand is gathered first.   bypassed: nodes that would be irregular; what reads
+    them is said again from the product with a matrix that they come from.
     """
 
     labels: dict[fx.Node, Labels] = field(default_factory=dict)
     arguments: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     gathers: dict[tuple[fx.Node, fx.Node], Gather] = field(default_factory=dict)
+    bypassed: set[fx.Node] = field(default_factory=set)
 
     @property
     def empty(self) -> bool:
-        return not self.arguments and not self.gathers
+        return not self.arguments and not self.gathers and not self.bypassed
 
 
 def select(labels: Tensor, selection: Selection) -> tuple[Tensor, int | None]:
@@ -83,16 +86,26 @@ def select(labels: Tensor, selection: Selection) -> tuple[Tensor, int | None]:
 
 
 def origins(labels: Tensor, smaller: Tensor, axis: int) -> Tensor:
-    """Where along `axis` each element of the smaller tensor came from; axes along which this is equal have size 1."""
+    """Where along `axis` each element of the smaller tensor came from; axes along which this is equal have size 1.
+
+    Where one label stands several times, its first place in the smaller tensor came from its first place, and so on.
+    """
     old, new = labels.movedim(axis, -1), smaller.movedim(axis, -1)
     order = old.argsort(dim=-1, stable=True)
     ranked = old.gather(-1, order).contiguous()
-    found = torch.searchsorted(ranked, new.contiguous()).clamp(max=old.shape[-1] - 1)
-    index = order.gather(-1, found).movedim(-1, axis)
+    found = torch.searchsorted(ranked, new.contiguous()) + _occurrences(new)
+    index = order.gather(-1, found.clamp(max=old.shape[-1] - 1)).movedim(-1, axis)
     for other in range(index.ndim):
         if other != axis and (index == index.narrow(other, 0, 1)).all():
             index = index.narrow(other, 0, 1)
     return index
+
+
+def _occurrences(labels: Tensor) -> Tensor:
+    """How many equal labels stand before each one along the last axis."""
+    ranked, order = labels.sort(dim=-1, stable=True)
+    first = torch.searchsorted(ranked.contiguous(), ranked.contiguous())
+    return torch.empty_like(order).scatter_(-1, order, torch.arange(labels.shape[-1]).expand_as(order) - first)
 
 
 def shrink(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> Edits:
@@ -104,13 +117,81 @@ def shrink(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> Edits
     for node, labels in flow.labels.items():
         if node not in region:
             edits.labels[node] = _select_all(node, labels, selection)
+    starts = _kept_features(region, flow, selection)
     for node in region:
-        if node in flow.labels:
-            edits.labels[node] = _select_all(node, flow.labels[node], selection)
+        if any(operand in edits.bypassed for operand in node.all_input_nodes):
+            _bypass(node, flow, edits, selection, starts)
+        elif node in flow.labels:
+            try:
+                edits.labels[node] = _select_all(node, flow.labels[node], selection)
+            except ShrinkError:
+                if effect(node) not in (Effect.MOVE, Effect.SAME):
+                    raise
+                edits.bypassed.add(node)
+                continue
             _edit(node, flow, edits, selection)
         elif effect(node) is Effect.ATTENTION:
             _keep_scale(node, flow, edits)
+    _bypass_outside(region, flow, edits, selection, starts)
     return edits
+
+
+def _kept_features(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> dict[fx.Node, Tensor]:
+    """Per product with a matrix, (F,) which of its features stay."""
+    kept = {}
+    for node, labels in flow.labels.items():
+        if node not in region and isinstance(labels, Tensor):
+            line = labels.reshape(-1, labels.shape[-1])[0]
+            kept[node] = torch.where(line >= 0, selection.keep[line.clamp(min=0)], True)
+    return kept
+
+
+def _bypass(
+    node: fx.Node, flow: Flow, edits: Edits, selection: Selection, starts: Mapping[fx.Node, Tensor]
+) -> None:
+    """Say a node that reads an irregular tensor again, or leave it to those that read it."""
+    if effect(node) not in (Effect.MOVE, Effect.SAME):
+        raise ShrinkError(f"`{node.name}` ({operation(node)}): the kept features do not form a regular tensor")
+    source = source_of(node, starts)
+    try:
+        if source is None:
+            raise RelayoutError("no product with a matrix stands before it")
+        found = relayout(node, frozenset(starts), starts[source])
+    except RelayoutError:
+        edits.bypassed.add(node)
+        return
+    if node in flow.labels:
+        edits.labels[node] = _select_all(node, flow.labels[node], selection)
+        moved = edits.labels[source][..., found.index].reshape([int(hint(size)) for size in found.sizes])
+        moved = moved if found.order is None else moved.permute(found.order)
+        if not _equal(moved, edits.labels[node]):
+            raise ShrinkError(f"`{node.name}` ({operation(node)}) cannot be rewritten for fewer features")
+    if found.order is None:
+        edits.arguments[node] = (torch.ops.aten.reshape.default, (source, list(found.sizes)), {})
+    else:
+        edits.arguments[node] = (view_permute, (source, list(found.sizes)), {"order": found.order})
+    edits.gathers[node, source] = Gather(-1, found.index)
+
+
+def _bypass_outside(
+    region: Sequence[fx.Node], flow: Flow, edits: Edits, selection: Selection, starts: Mapping[fx.Node, Tensor]
+) -> None:
+    """Parts of a shrunk product that nodes outside of the region take keep their features."""
+    inside = set(region)
+    shrunk = {start for start, kept in starts.items() if not kept.all()}
+    queue = [*shrunk, *(node for node in region if effect(node) in (Effect.MOVE, Effect.SAME))]
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            if user in inside or user.op != "call_function" or effect(user) not in (Effect.MOVE, Effect.SAME):
+                continue
+            if operation(user) == "getitem" and node not in edits.bypassed:
+                continue
+            if source_of(user, starts) not in shrunk:
+                continue
+            _bypass(user, flow, edits, selection, starts)
+            if user in edits.bypassed:
+                queue.append(user)
 
 
 def _select_all(node: fx.Node, labels: Labels, selection: Selection) -> Labels:

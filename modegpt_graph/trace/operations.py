@@ -28,14 +28,15 @@ _TABLE: dict[Effect, str] = {
         split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten unflatten roll
         flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
         broadcast_to index""",
-    Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as native_dropout
-        feature_dropout detach_""",
+    Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as
+        native_dropout feature_dropout""",
     Effect.LINEAR_UNARY: "neg",
-    Effect.UNARY: """relu relu_ silu silu_ gelu tanh sigmoid exp expm1 log log1p sqrt rsqrt reciprocal abs square clamp
+    Effect.UNARY: """relu silu gelu tanh sigmoid exp expm1 log log1p sqrt rsqrt reciprocal abs square clamp
         clamp_min clamp_max hardtanh hardsigmoid hardswish leaky_relu elu selu celu mish softplus relu6 erf sin cos
-        threshold log_sigmoid sign floor round exp2 logical_not sinh cosh atan softshrink hardshrink tanhshrink""",
-    Effect.SUM: "add sub rsub add_",
-    Effect.PRODUCT: """mul div mul_ div_ pow maximum minimum where masked_fill fmod remainder eq ne lt le gt ge
+        threshold log_sigmoid sign floor round exp2 logical_not sinh cosh atan softshrink hardshrink tanhshrink
+        bitwise_not""",
+    Effect.SUM: "add sub rsub",
+    Effect.PRODUCT: """mul div pow maximum minimum where masked_fill fmod remainder eq ne lt le gt ge
         logical_and logical_or bitwise_and bitwise_or xlogy atan2""",
     Effect.REDUCE: """mean sum var std amax amin max min norm linalg_vector_norm softmax _softmax log_softmax
         _log_softmax cumsum prod logsumexp layer_norm native_layer_norm rms_norm group_norm var_mean any all argmax topk
@@ -62,7 +63,8 @@ def effect(node: fx.Node) -> Effect:
     """Effect of a node's operation, from the table."""
     if node.op != "call_function":
         return Effect.UNKNOWN
-    return EFFECTS.get(operation(node), Effect.UNKNOWN)
+    name = operation(node)
+    return EFFECTS.get(name) or EFFECTS.get(name.removesuffix("_"), Effect.UNKNOWN)
 
 
 def is_data(node: fx.Node) -> bool:

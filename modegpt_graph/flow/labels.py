@@ -136,9 +136,9 @@ def _elementwise(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labe
         if not (same and effect(node) is Effect.SUM):
             flow.nonlinear[node] = name
     elif effect(node) is Effect.SUM:
-        if name != "add" or not _is_zero(node):
+        if name.removesuffix("_") != "add" or not _is_zero(node):
             flow.nonlinear[node] = name
-    elif name in ("mul", "mul_", "div", "div_") and _scales(node, operands[0]):
+    elif name.removesuffix("_") in ("mul", "div") and _scales(node, operands[0]):
         side = next((n for n in node.all_input_nodes if n is not operands[0]), None)
         if side is not None and _per_feature(side, result):
             flow.nonlinear[node] = name
@@ -171,7 +171,7 @@ def _per_feature(side: fx.Node, labels: Tensor) -> bool:
     return any(aligned[axis] > 1 for axis in varying_axes(labels))
 
 
-def _axes(node: fx.Node, ndim: int) -> tuple[int, ...]:
+def reduced_axes(node: fx.Node, ndim: int) -> tuple[int, ...]:
     """Axes that a reduction sums over."""
     name = operation(node)
     if "layer_norm" in name or name == "rms_norm":
@@ -197,7 +197,7 @@ def _reduce(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | 
     labels = flow.labels[operands[0]]
     assert isinstance(labels, Tensor)
     flow.nonlinear[node] = operation(node)
-    axes = _axes(node, labels.ndim)
+    axes = reduced_axes(node, labels.ndim)
     for axis in axes:
         _join_along(labels, axis, flow.classes)
     value = node.meta["val"]
@@ -213,12 +213,35 @@ def _reduce(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | 
     return kept.reshape(shape)
 
 
+def _fresh(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> None:
+    return None
+
+
+def _complex(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
+    """(..., n, 2) → (..., n): the two parts of a complex number are one class, and carry its first label."""
+    labels = flow.labels[operands[0]]
+    assert isinstance(labels, Tensor)
+    flow.classes.join(labels[..., 0], labels[..., 1])
+    flow.nonlinear[node] = operation(node)
+    return labels[..., 0]
+
+
+def _real(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
+    labels = flow.labels[operands[0]]
+    assert isinstance(labels, Tensor)
+    return torch.stack([labels, labels], dim=-1)
+
+
 def _product_sum(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | None:
     """A · B: features that are summed over meet their partners; features on free axes pass on."""
     left, right = (node.args[1], node.args[2]) if operation(node) in ("addmm", "baddbmm") else node.args[:2]
     left_labels, right_labels = flow.labels.get(left), flow.labels.get(right)
     shape = shape_of(node)
-    if isinstance(left_labels, Tensor) and varying_axes(left_labels) and left_labels.ndim - 1 in varying_axes(left_labels):
+    if (
+        isinstance(left_labels, Tensor)
+        and varying_axes(left_labels)
+        and left_labels.ndim - 1 in varying_axes(left_labels)
+    ):
         summed_left = True
     else:
         summed_left = False
@@ -298,6 +321,9 @@ _RULES: dict[Effect, Callable[[fx.Node, Sequence[fx.Node], Flow], Any]] = {
     Effect.REDUCE: _reduce,
     Effect.PRODUCT_SUM: _product_sum,
     Effect.ATTENTION: _attention,
+    Effect.FRESH: _fresh,
+    Effect.COMPLEX: _complex,
+    Effect.REAL: _real,
     Effect.CACHE: _cache,
 }
 

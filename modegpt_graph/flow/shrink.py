@@ -146,9 +146,7 @@ def _kept_features(region: Sequence[fx.Node], flow: Flow, selection: Selection) 
     return kept
 
 
-def _bypass(
-    node: fx.Node, flow: Flow, edits: Edits, selection: Selection, starts: Mapping[fx.Node, Tensor]
-) -> None:
+def _bypass(node: fx.Node, flow: Flow, edits: Edits, selection: Selection, starts: Mapping[fx.Node, Tensor]) -> None:
     """Say a node that reads an irregular tensor again, or leave it to those that read it."""
     if effect(node) not in (Effect.MOVE, Effect.SAME):
         raise ShrinkError(f"`{node.name}` ({operation(node)}): the kept features do not form a regular tensor")
@@ -307,9 +305,10 @@ def _gather_side(node: fx.Node, side: fx.Node, axis: int, labels: Tensor, smalle
     if labels.shape[axis] == smaller.shape[axis] and not same_set:
         return  # features moved between other axes; those axes are gathered on their own
     index = origins(labels, smaller, axis)
-    if index.shape[axis] == labels.shape[axis] and torch.equal(index, torch.arange(index.shape[axis]).reshape(
-        [-1 if a == axis else 1 for a in range(index.ndim)]
-    ).expand_as(index)):
+    if index.shape[axis] == labels.shape[axis] and torch.equal(
+        index,
+        torch.arange(index.shape[axis]).reshape([-1 if a == axis else 1 for a in range(index.ndim)]).expand_as(index),
+    ):
         return
     if index.numel() == index.shape[axis]:
         index = index.reshape(-1)

@@ -16,8 +16,9 @@ from modegpt_graph.match.matcher import Match, Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.reasons import decide, refusal
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, SiteType, Unmatched
-from modegpt_graph.trace.graph import Graph, normalise
+from modegpt_graph.match.unmatched import explain, is_multiplied
 from modegpt_graph.trace.export import Trace
+from modegpt_graph.trace.graph import Graph, normalise
 
 TYPES: tuple[SiteType, ...] = ("III", "I", "II")
 
@@ -83,7 +84,9 @@ def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) 
         result = examined[signature]
         reused = {graph.linears[weight][0]: len(graph.linears[weight]) for _, weight in weights}
         if any(count != len(group) for count in reused.values()):
-            result = _Examined(None, None, Certificate("structural", None, False), "one of its matrices is also used elsewhere")
+            result = _Examined(
+                None, None, Certificate("structural", None, False), "one of its matrices is also used elsewhere"
+            )
         roles = _roles(sketch, result.layout)
         if any(_overlap(role, taken) for role in roles.values()):
             continue
@@ -149,8 +152,22 @@ def _site(identity: str, sketch: Outline, result: _Examined, roles: Mapping[str,
     pattern, layout, finding = sketch.match.pattern, result.layout, result.finding
     if finding is None or layout is None:
         return Site(
-            identity, pattern.name, sketch.match.variant, pattern.paper_type or "I", pattern.paper_type or "I", roles,
-            (), 0, "none", None, result.certificate, None, refusal(result.obstacle), layer, 1, 0,
+            identity,
+            pattern.name,
+            sketch.match.variant,
+            pattern.paper_type or "I",
+            pattern.paper_type or "I",
+            roles,
+            (),
+            0,
+            "none",
+            None,
+            result.certificate,
+            None,
+            refusal(result.obstacle),
+            layer,
+            1,
+            0,
         )
     method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle)
     kind = TYPES[min(finding.nonlinearities, 2)]
@@ -183,12 +200,12 @@ def _analysis(
     architecture: str,
 ) -> Analysis:
     model = graph.trace.module
-    sizes = {matrix: model.get_parameter(matrix).numel() for matrix in matrices}
+    sizes = {name: model.get_parameter(name).numel() for name in matrices if is_multiplied(graph, name)}
     in_sites = {role.parameter for one in located for role in one.site.roles.values()}
-    unmatched = tuple(_unmatched(graph, matrix, misses) for matrix in matrices if matrix not in in_sites)
+    unmatched = tuple(explain(graph, matrix, misses) for matrix in matrices if matrix not in in_sites)
     facts = ModelFacts(name, architecture, sum(p.numel() for p in model.parameters()), sum(sizes.values()))
     covered = sum(map(_covered, located))
-    return Analysis(facts, tuple(one.site for one in located), unmatched, covered / sum(sizes.values()))
+    return Analysis(facts, tuple(one.site for one in located), unmatched, covered / max(sum(sizes.values()), 1))
 
 
 def _covered(located: Located) -> int:
@@ -198,27 +215,3 @@ def _covered(located: Located) -> int:
         shape = tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape)
         total += linear.shape(shape)[1] * sum(stop - start for start, stop in located.site.roles[role].rows)
     return total
-
-
-def _unmatched(graph: Graph, matrix: str, misses: Sequence[Miss]) -> Unmatched:
-    keys = graph.linears.get(matrix, [])
-    if not keys:
-        shape = "×".join(map(str, graph.trace.module.get_parameter(matrix).shape))
-        users = _users(graph, matrix)
-        return Unmatched(matrix, None, f"it is not multiplied as one matrix: its {shape} values go to {users}")
-    near = [miss for miss in misses if set(keys) & set(miss.linears.values())]
-    if not near:
-        return Unmatched(matrix, None, "no pattern reaches it: nothing that a pattern ends in reads its output")
-    best = max(near, key=lambda miss: miss.matched)
-    return Unmatched(matrix, best.pattern, str(best))
-
-
-def _users(graph: Graph, parameter: str) -> str:
-    trace = graph.trace
-    names = {
-        str(user.target).removeprefix("aten.").split(".")[0]
-        for node in trace.graph.nodes
-        if trace.state.get(node.name) == parameter
-        for user in node.users
-    }
-    return ", ".join(f"`{name}`" for name in sorted(names)) or "nothing"

@@ -1,16 +1,18 @@
 """What stands between the matrices of a site commutes with: every mixing of features, columns, blocks, or nothing."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from modegpt_graph.flow.labels import reachable
+from modegpt_graph.flow.labels import reachable, reduced_axes, shape_of
 from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.match.sites import Commutant
 from modegpt_graph.trace.operations import Effect, effect, operation
 
-TRANSPARENT = {Effect.MOVE, Effect.SAME, Effect.CACHE, Effect.SIZE}
+TRANSPARENT = {Effect.MOVE, Effect.SAME, Effect.CACHE, Effect.SIZE, Effect.FRESH, Effect.COMPLEX, Effect.REAL}
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Finding:
 
     between: operations from the matrices to where the features are consumed, in order.
     nonlinearities: sides of the site with an operation that does not commute with a mixing of features (0 to 2).
-    coupled_by: operations that make every feature depend on every other, where `commutant` is `none`.
+    coupled_by: what makes every feature depend on every other, in words.
     proven: whether every operation is in the table.   unknown: those that are not.
     """
 
@@ -38,7 +40,7 @@ def find_commutant(footprint: Footprint) -> Finding:
     sides = [_side(operand, footprint) for operand in footprint.outline.operands]
     nonlinear = [node for node in footprint.outline.region if node in flow.nonlinear]
     count = sum(any(node in side for node in nonlinear) for side in sides)
-    coupled = tuple(dict.fromkeys(operation(n) for n in nonlinear if effect(n) is Effect.REDUCE))
+    coupled = _couplings(nonlinear, footprint)
     unknown = tuple(dict.fromkeys(operation(node) for node in flow.unknown))
     commutant: Commutant
     if not nonlinear:
@@ -50,6 +52,41 @@ def find_commutant(footprint: Footprint) -> Finding:
     else:
         commutant, block_size = "none", None
     return Finding(commutant, block_size, count, _between(footprint), coupled, not unknown, unknown)
+
+
+def _couplings(nodes: Sequence[fx.Node], footprint: Footprint) -> tuple[str, ...]:
+    """What couples features, by the names of the modules that do: `q` and `k` norms, mean over the 8 features of a head."""
+    modules: dict[str, list[str]] = {}
+    for node in nodes:
+        if effect(node) is Effect.REDUCE:
+            names = modules.setdefault(_said(node, footprint), [])
+            module = _module_name(node, footprint)
+            if module is not None and module not in names:
+                names.append(module)
+    return tuple(f"{_norms(names)} ({said})" if names else said for said, names in modules.items())
+
+
+def _norms(names: Sequence[str]) -> str:
+    return f"the norm{'s' * (len(names) > 1)} {' and '.join(f'`{name}`' for name in names)}"
+
+
+def _said(node: fx.Node, footprint: Footprint) -> str:
+    """`mean over the 64 features of a head`."""
+    shape = next((shape_of(one) for one in node.all_input_nodes if one in footprint.flow.labels), ())
+    width = math.prod(shape[axis] for axis in reduced_axes(node, len(shape)))
+    head = footprint.layout.size
+    where = f"the {width} features of a head" if width <= head else f"all {width} features, across heads"
+    return f"{operation(node)} over {where}"
+
+
+def _module_name(node: fx.Node, footprint: Footprint) -> str | None:
+    """Name of the innermost module that a node belongs to, None where that module holds a matrix of the site too."""
+    stack = [where for where, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    path = stack[-1].removeprefix("module.").removeprefix("module") if stack else ""
+    weights = [linear.weight for linear in footprint.outline.producers.values()]
+    if not path or any(weight.startswith(f"{path}.") for weight in weights):
+        return None
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), None)
 
 
 def _side(operand: fx.Node, footprint: Footprint) -> set[fx.Node]:
@@ -65,7 +102,7 @@ def _between(footprint: Footprint) -> tuple[str, ...]:
         kind = effect(node)
         if kind in TRANSPARENT:
             continue
-        name = "mix" if kind in (Effect.ATTENTION, Effect.PRODUCT_SUM) else operation(node)
+        name = "mix" if kind in (Effect.ATTENTION, Effect.PRODUCT_SUM) else operation(node).removesuffix("_")
         names.append(name)
     rotation = _rotation(footprint)
     if rotation:

@@ -34,7 +34,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why a form does not stand at a node: at which node it stopped, and how many applications it had matched."""
+    """Why a form does not stand at a node: at which node it stopped, and how many applications it had matched.
+
+    beyond_first: roles matched after the outermost application, which any matrix product may be.
+    """
 
     pattern: str
     variant: str
@@ -43,6 +46,7 @@ class Miss:
     found: str
     matched: int
     linears: Mapping[str, str]
+    beyond_first: frozenset[str]
 
     def __str__(self) -> str:
         got = ", ".join(self.linears) or "nothing"
@@ -58,9 +62,7 @@ class _State:
     matched: int = 0
 
     def copy(self) -> "_State":
-        return _State(
-            dict(self.linears), dict(self.operations), dict(self.values), dict(self.variables), self.matched
-        )
+        return _State(dict(self.linears), dict(self.operations), dict(self.values), dict(self.variables), self.matched)
 
 
 class _Stopped(Exception):
@@ -88,8 +90,10 @@ class Matcher:
                     best = None
                     break
                 except _Stopped as stop:
+                    state = stop.state
+                    roles = frozenset(state.linears) - {getattr(form, "name", None)}
                     miss = Miss(
-                        pattern.name, variant, stop.node, stop.expected, stop.found, stop.state.matched, stop.state.linears
+                        pattern.name, variant, stop.node, stop.expected, stop.found, state.matched, state.linears, roles
                     )
                     if best is None or miss.matched > best.matched:
                         best = miss

@@ -127,7 +127,11 @@ def _run_both(
     inputs: dict[fx.Node, Tensor] = {}
     for node in footprint.outline.region:
         for operand in node.all_input_nodes:
-            if operand not in footprint.outline.region and operand not in inputs and operand.meta.get("val") is not None:
+            if (
+                operand not in footprint.outline.region
+                and operand not in inputs
+                and operand.meta.get("val") is not None
+            ):
                 inputs[operand] = _random(operand, generator)
     for node in starts:
         inputs.setdefault(node, _random(node, generator))
@@ -174,6 +178,8 @@ def _random(node: fx.Node, generator: torch.Generator) -> Tensor:
         return constant.double() if constant.is_floating_point() else constant
     if not isinstance(example, Tensor):
         return example
+    if example.is_complex():
+        return torch.randn(shape_of(node), dtype=torch.complex128, generator=generator)
     if not example.is_floating_point():
         return torch.ones(shape_of(node), dtype=example.dtype)
     return torch.randn(shape_of(node), dtype=torch.float64, generator=generator)
@@ -193,7 +199,7 @@ def _run(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edits: Edi
                 gather = edits.gathers.get((node, leaf))
                 return value if gather is None else torch.take_along_dim(*_aligned(value, gather.index, gather.axis))
             if isinstance(leaf, torch.dtype):
-                return torch.float64 if leaf.is_floating_point else leaf
+                return torch.float64 if leaf.is_floating_point else torch.complex128 if leaf.is_complex else leaf
             return torch.device("cpu") if isinstance(leaf, torch.device) else hint(leaf)
 
         filled_args, filled_kwargs = pytree.tree_map(

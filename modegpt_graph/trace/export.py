@@ -96,6 +96,8 @@ def export(module: nn.Module, call: Call) -> Trace:
     try:
         with opaque_calls(recorder, call.extra), torch.no_grad(), fake_cpu(module, call.tensors) as tensors:
             program = torch.export.export(called, tensors, dynamic_shapes=(shapes,), strict=False)
+            if _writes_in_place(program.graph):
+                program = program.run_decompositions({})
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(f"{type(module).__name__}: torch.export stopped: {reason}") from error
@@ -112,6 +114,15 @@ def export(module: nn.Module, call: Call) -> Trace:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]
     return Trace(module, call, program.graph, inputs, state, constants, tuple(recorder.calls), recorder.output)
+
+
+def _writes_in_place(graph: fx.Graph) -> bool:
+    """Whether an operation is there for what it writes into its operand: data flow does not show that."""
+    schemas = [(node, getattr(node.target, "_schema", None)) for node in graph.nodes if node.op == "call_function"]
+    return any(
+        schema is not None and schema.is_mutable and (not node.users or node.all_input_nodes[0].users.keys() - {node})
+        for node, schema in schemas
+    )
 
 
 def whole_model_call(input_ids: Tensor, rest: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> Call:

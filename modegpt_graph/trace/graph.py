@@ -75,7 +75,11 @@ def normalise(trace: Trace) -> Graph:
     roles = _attention_products(trace.graph)
 
     def add(key: str, node: fx.Node, name: str, kind: Effect, operands: list[str], **attributes: object) -> str:
-        carries = "linear" in attributes or any(graph.nodes[operand]["carries"] for operand in operands)
+        carries = (
+            "linear" in attributes
+            or kind is not Effect.FRESH
+            and any(graph.nodes[operand]["carries"] for operand in operands)
+        )
         graph.add_node(
             key, fx=node, operation=name, effect=kind, operands=tuple(operands), carries=carries, **attributes
         )

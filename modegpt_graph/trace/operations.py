@@ -18,6 +18,9 @@ class Effect(Enum):
     LINEAR = auto()  # features times a weight matrix
     PRODUCT_SUM = auto()  # two tensors contracted along one axis
     ATTENTION = auto()  # softmax attention in one operation
+    FRESH = auto()  # a new tensor: only sizes are read from its operand
+    COMPLEX = auto()  # pairs of features become complex numbers
+    REAL = auto()  # complex numbers become pairs of features
     CACHE = auto()  # keys and values of all positions so far
     SIZE = auto()  # sizes and guards: no tensor values
     UNKNOWN = auto()
@@ -27,7 +30,7 @@ _TABLE: dict[Effect, str] = {
     Effect.MOVE: """view _unsafe_view reshape transpose permute t T mT expand expand_as view_as slice select split
         split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten unflatten roll
         flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
-        broadcast_to index""",
+        broadcast_to index slice_scatter select_scatter copy""",
     Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as
         native_dropout feature_dropout""",
     Effect.LINEAR_UNARY: "neg",
@@ -44,6 +47,9 @@ _TABLE: dict[Effect, str] = {
     Effect.LINEAR: "linear",
     Effect.PRODUCT_SUM: "matmul mm bmm addmm baddbmm",
     Effect.ATTENTION: "attention scaled_dot_product_attention",
+    Effect.FRESH: "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like",
+    Effect.COMPLEX: "view_as_complex",
+    Effect.REAL: "view_as_real",
     Effect.CACHE: "cache_update",
     Effect.SIZE: """sym_size _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range
         sym_constrain_range_for_size""",

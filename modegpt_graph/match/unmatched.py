@@ -1,0 +1,96 @@
+"""Why a matrix belongs to no site, in a sentence that a person can act on."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from modegpt_graph.match.matcher import Miss
+from modegpt_graph.match.reasons import listed
+from modegpt_graph.match.sites import Unmatched
+from modegpt_graph.trace.graph import ELEMENTWISE, Graph
+from modegpt_graph.trace.operations import Effect, effect, is_data, operation
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "convolution", "conv_transpose1d"})
+_MOST_READERS = 4
+
+
+def is_multiplied(graph: Graph, parameter: str) -> bool:
+    """Whether a parameter is a matrix (or several) that something is multiplied by, not a table, a kernel or a scale."""
+    if parameter in graph.linears:
+        return True
+    kinds = {effect(node) for node in _readers(_placeholder(graph, parameter)) if operation(node) not in _CONVOLUTIONS}
+    return bool(kinds & {Effect.PRODUCT_SUM, Effect.LINEAR, Effect.UNKNOWN})
+
+
+def explain(graph: Graph, parameter: str, misses: Iterable[Miss]) -> Unmatched:
+    """The nearest pattern of a matrix in no site, and how far it got; or what stands around the matrix instead."""
+    keys = set(graph.linears.get(parameter, ()))
+    if not keys:
+        return Unmatched(parameter, None, _not_one_matrix(graph, parameter))
+    near = [miss for miss in misses if keys & set(miss.linears.values())]
+    best = max(near, key=lambda miss: (len(miss.beyond_first), miss.matched), default=None)
+    if best is not None and best.beyond_first:
+        return Unmatched(parameter, best.pattern, str(best))
+    reads = _names(node for key in keys for node in _readers(graph.traced(key)))
+    written = _names(node for key in keys for node in _writers(graph, key))
+    surroundings = f"it multiplies what comes from {written}, and its product goes to {reads}"
+    if best is None:
+        return Unmatched(parameter, None, f"no pattern reaches it: {surroundings}")
+    return Unmatched(parameter, best.pattern, f"no pattern has a place for it: {surroundings}; nearest: {best}")
+
+
+def _not_one_matrix(graph: Graph, parameter: str) -> str:
+    shape = tuple(graph.trace.module.get_parameter(parameter).shape)
+    readers = _readers(_placeholder(graph, parameter))
+    names = _names(readers)
+    if readers and all(effect(node) in ELEMENTWISE for node in readers):
+        return f"it is no matrix of a linear map: its values are used one by one, by {names}"
+    if any(operation(node) in _CONVOLUTIONS for node in readers):
+        return f"it is the kernel of a convolution over positions ({names}), which no pattern reaches through"
+    if len(shape) == 3:
+        return (
+            f"it holds {shape[0]} matrices of {shape[1]}×{shape[2]} in one tensor, multiplied together by {names}; "
+            "a role of a pattern is one matrix, so they are left as they are"
+        )
+    return f"it is not multiplied as one matrix: its {'×'.join(map(str, shape))} values go to {names}"
+
+
+def _placeholder(graph: Graph, parameter: str) -> fx.Node:
+    names = {key for key, value in graph.trace.state.items() if value == parameter}
+    return next(node for node in graph.trace.graph.nodes if node.name in names)
+
+
+def _readers(start: fx.Node) -> list[fx.Node]:
+    """The first operations after a value that are more than data movement."""
+    found, seen, queue = [], {start}, [start]
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            if user in seen or not is_data(user):
+                continue
+            seen.add(user)
+            (queue if effect(user) in (Effect.MOVE, Effect.SAME) else found).append(user)
+    return found
+
+
+def _writers(graph: Graph, key: str) -> list[fx.Node]:
+    """The first operations before a product with a matrix that are more than data movement."""
+    found, seen, queue = [], set(), list(graph.operands(key))
+    while queue:
+        one = queue.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        if graph.effect(one) is Effect.MOVE:
+            queue += graph.operands(one)
+        else:
+            found.append(graph.traced(one))
+    return found
+
+
+def _names(nodes: Iterable[fx.Node]) -> str:
+    names: Sequence[str] = sorted({operation(node).removesuffix("_") for node in nodes if node.op == "call_function"})
+    if not names:
+        return "an input"
+    shown = [f"`{name}`" for name in names[:_MOST_READERS]]
+    return listed([*shown, "others"] if len(names) > _MOST_READERS else shown)

@@ -39,9 +39,7 @@ def read_patterns(extra: Iterable[str | Path] | None = None) -> tuple[Pattern, .
     return load_patterns([*(Path(path) for path in extra or ()), patterns_directory()])
 
 
-def survey_model(
-    source: ModelSource, patterns: Sequence[Pattern], progress: Progress | None = None
-) -> Surveyed:
+def survey_model(source: ModelSource, patterns: Sequence[Pattern], progress: Progress | None = None) -> Surveyed:
     """Trace a model without its weights and find its sites.
 
     The trace is in bfloat16, so that a cast back to the model's dtype is told from a cast to float32.

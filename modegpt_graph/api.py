@@ -1,0 +1,397 @@
+"""The façade: analyse, compress, load, verify and evaluate a model, given by name or as a module in memory."""
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph import checkpoint
+from modegpt_graph.allocate.budget import ranks_for_ratios
+from modegpt_graph.allocate.entropic import entropic_ratios, uniform_ratios
+from modegpt_graph.calibrate.observe import Calibrated, calibrate
+from modegpt_graph.calibrate.text import Calibration, calibration_windows, evaluation_windows
+from modegpt_graph.errors import InputError, ModegptError
+from modegpt_graph.evaluate import compare, perplexity
+from modegpt_graph.match.decoder import decoder_layers
+from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
+from modegpt_graph.match.sites import Analysis, Site, Unmatched
+from modegpt_graph.models import ModelSource, can_generate, forward_logits, resolve
+from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.report.outcome import CompressionOutcome, Ratios, SiteOutcome
+from modegpt_graph.report.schema import to_json
+from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
+from modegpt_graph.rewrite.budget import parameter_count, site_items, stored_bytes
+from modegpt_graph.rewrite.solution import Solution, rank_of, shuffled
+from modegpt_graph.rewrite.solve import Recipe, solve
+
+Model = str | Path | nn.Module
+ALLOCATORS = ("block-influence", "uniform")
+TEMPERATURE = 0.15  # of the entropic allocation; better at held-out text than the largest layer ratio of 0.8 gives
+HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a model, and what a compression made of it."""
+
+    analysis: Analysis
+    outcome: CompressionOutcome | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in model order."""
+        return self.analysis.sites
+
+    @property
+    def unmatched(self) -> tuple[Unmatched, ...]:
+        """The decoder-layer matrices that belong to no site."""
+        return self.analysis.unmatched
+
+    @property
+    def coverage(self) -> float:
+        """Share of decoder-layer linear parameters that belong to a site."""
+        return self.analysis.coverage
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON contract, as Python values."""
+        return to_json(self.analysis, self.outcome)
+
+
+@dataclass
+class Result:
+    """A compressed model and its report."""
+
+    model: nn.Module
+    report: Report
+    _source: ModelSource = field(repr=False)
+    _rewritten: tuple[RewrittenModule, ...] = field(repr=False)
+    _solutions: Mapping[str, Solution] = field(repr=False)
+    _surveyed: Surveyed = field(repr=False)
+    _tokenizer: Any = field(default=None, repr=False)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model as a folder that `load` and the transformers library read.
+
+        Raises InputError where the folder exists and is not empty.
+        """
+        checkpoint.save(
+            Path(directory),
+            self.model,
+            self._rewritten,
+            self._solutions,
+            self._surveyed.patterns,
+            self._source,
+            self._tokenizer,
+            self.report.to_json(),
+        )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A rewrite of every site at full rank, in shuffled order.
+
+    max_relative_error: largest change of a logit over the largest logit.   generation_identical: whether greedy
+    generation gave the same tokens.   sites: how many were rewritten.
+    """
+
+    max_relative_error: float
+    generation_identical: bool
+    sites: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of a model on a text."""
+
+    perplexity: float
+    windows: int
+    window: int
+    text: str
+
+
+def analyze(
+    model: Model,
+    patterns: Iterable[str | Path] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Find every pair of matrices that can be made smaller together. No weights are read.
+
+    patterns: further pattern files or folders, tried before the built-in ones.
+    Raises InputError where there is no such model.
+    """
+    source = resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
+    return Report(survey_model(source, read_patterns(patterns), progress).survey.analysis)
+
+
+def compress(
+    model: Model,
+    ratio: float,
+    *,
+    calibration: str | Path | Tensor = "wikitext2",
+    allocator: str = "block-influence",
+    seed: int = 0,
+    patterns: Iterable[str | Path] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    calibration_windows: int = 32,
+    calibration_window: int = 1024,
+    evaluate: bool = True,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Remove `ratio` of the decoder-layer linear parameters. The model given is left as it was.
+
+    calibration: a text file, a data set's name, `self`, or token ids (windows, window).
+    Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, unknown models, missing text.
+    """
+    if not 0 < ratio <= 0.95:
+        raise InputError(f"ratio {ratio:g} is outside (0, 0.95]; 0.3 removes 30 % of the decoder's linear parameters")
+    if allocator not in ALLOCATORS:
+        raise InputError(f"unknown allocator {allocator!r}; known: {', '.join(ALLOCATORS)}")
+    progress, clock = progress or NullProgress(), _Clock()
+    source = resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
+    with clock("load"), progress.stage("load the model"):
+        dense, tokenizer = source.load(getattr(torch, dtype)), source.tokenizer()
+    with clock("tokens"), progress.stage("read the calibration text"):
+        text, held_out = _texts(calibration, tokenizer, dense, calibration_windows, calibration_window, seed, evaluate)
+    if text.fallback_reason:
+        progress.note(f"calibrating on text that the model samples itself: {text.fallback_reason}")
+    with clock("analyze"):
+        surveyed = survey_model(source, read_patterns(patterns), progress)
+        modules = surveyed.modules()
+    if not modules:
+        raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
+    with clock("calibrate"):
+        observed = calibrate(dense, modules, decoder_layers(surveyed.trace), text.tokens, progress)
+    with clock("decompose"):
+        ranks = _ranks(modules, observed, surveyed.survey.analysis, ratio, allocator)
+        solutions = _solve(dense, modules, observed, ranks, progress)
+    with clock("rewrite"), progress.stage("rewrite"):
+        smaller = copy.deepcopy(dense)
+        rewritten = rewrite(smaller, modules, solutions)
+    outcome = _outcome(source, dense, smaller, modules, solutions, surveyed, ratio, allocator, seed, text)
+    if held_out is not None:
+        with clock("evaluate"), progress.stage("evaluate"):
+            found = compare(dense, smaller, held_out)
+        outcome = replace(
+            outcome,
+            perplexity_dense=found.dense_perplexity,
+            perplexity_compressed=found.perplexity,
+            kl=found.kl,
+            evaluation=f"{held_out.shape[0]} windows of {held_out.shape[1]:,} tokens held out of the calibration text",
+        )
+    outcome = replace(outcome, seconds=clock.seconds)
+    report = Report(surveyed.survey.analysis, outcome)
+    return Result(smaller, report, source, rewritten, solutions, surveyed, tokenizer)
+
+
+def load(directory: str | Path, factory: Any = None, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model that `Result.save` wrote, rebuilt from its plan; no code from the folder is run.
+
+    factory: for modules that are not from transformers, the function that builds the original one, or `FILE.py:NAME`.
+    """
+    return checkpoint.load(Path(directory), factory, trust_remote_code=trust_remote_code)
+
+
+def verify(
+    model: Model,
+    seed: int = 0,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Proof:
+    """Rewrite every site at full rank in shuffled order and compare logits and greedy generation.
+
+    Real weights where there are some; random ones, at most two layers deep, for a bare configuration.
+    """
+    progress = progress or NullProgress()
+    source = resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
+    with progress.stage("load the model"):
+        original = source.load() if source.has_weights else source.random(seed, 2)
+    inner = resolve(original, example_inputs=source.example_inputs)
+    surveyed = survey_model(inner, read_patterns(), progress)
+    modules = surveyed.modules()
+    generator = torch.Generator().manual_seed(seed)
+    solutions = {p.site.id: shuffled(p.footprint.layout, generator) for one in modules for p in one.placed}
+    with progress.stage("rewrite"):
+        changed = copy.deepcopy(original)
+        rewrite(changed, modules, solutions)
+    with progress.stage("compare"):
+        tokens = _random_tokens(original, source.example_inputs, generator)
+        with torch.no_grad():
+            before, after = forward_logits(original, tokens), forward_logits(changed, tokens)
+        error = float((before - after).abs().max() / before.abs().max())
+        same = torch.equal(_greedy(original, tokens), _greedy(changed, tokens))
+    return Proof(error, same, len(solutions))
+
+
+def evaluate(
+    model_or_dir: Model,
+    text: str | Path | Tensor,
+    window: int = 2048,
+    windows: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a model or of a compressed folder: the whole text tokenised once, in non-overlapping windows."""
+    progress = progress or NullProgress()
+    with progress.stage("load the model"):
+        if not isinstance(model_or_dir, nn.Module) and checkpoint.is_compressed(Path(model_or_dir)):
+            model = load(model_or_dir, trust_remote_code=trust_remote_code)
+            tokenizer = resolve(Path(model_or_dir)).tokenizer()
+        else:
+            source = resolve(model_or_dir, trust_remote_code=trust_remote_code)
+            model, tokenizer = source.load(), source.tokenizer()
+    tokens = evaluation_windows(text, tokenizer, window, windows)
+    with progress.stage("evaluate"):
+        value = perplexity(model, tokens)
+    name = "token ids" if isinstance(text, Tensor) else str(text)
+    return Evaluation(value, tokens.shape[0], tokens.shape[1], name)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _texts(
+    source: str | Path | Tensor,
+    tokenizer: Any,
+    model: nn.Module,
+    windows: int,
+    window: int,
+    seed: int,
+    evaluating: bool,
+) -> tuple[Calibration, Tensor | None]:
+    """Calibration text, and windows of the same text that are held out of it; token ids are all used."""
+    extra = 0 if isinstance(source, Tensor) or not evaluating else max(1, min(HELD_OUT, windows // 4))
+    text = calibration_windows(source, tokenizer, windows=windows + extra, window=window, seed=seed, model=model)
+    count = min(extra, len(text.tokens) - 1)
+    if count < 1:
+        return text, None
+    chosen = torch.zeros(len(text.tokens), dtype=torch.bool)
+    chosen[torch.linspace(0, len(text.tokens) - 1, count).round().long()] = True
+    return replace(text, tokens=text.tokens[~chosen]), text.tokens[chosen]
+
+
+def _ranks(
+    modules: tuple[SiteModule, ...], observed: Calibrated, analysis: Analysis, ratio: float, allocator: str
+) -> dict[str, int]:
+    layers = len(observed.importance)
+    if allocator == "uniform":
+        ratios = uniform_ratios(layers, ratio)
+    else:
+        ratios = entropic_ratios(observed.importance, ratio, TEMPERATURE)
+    by_layer = dict(enumerate(ratios.tolist()))
+    return ranks_for_ratios(site_items(modules), by_layer, analysis.model.decoder_linear_parameters, ratio)
+
+
+def _solve(
+    model: nn.Module,
+    modules: tuple[SiteModule, ...],
+    observed: Calibrated,
+    ranks: Mapping[str, int],
+    progress: Progress,
+) -> dict[str, Solution]:
+    solutions = {}
+    with progress.stage("decompose", len(ranks)) as stage:
+        for one in modules:
+            module = model.get_submodule(one.path)
+            for placed in one.placed:
+                rank = ranks[placed.site.id]
+                if rank < placed.footprint.layout.size:
+                    solutions[placed.site.id] = solve(placed, module, observed.statistics[placed.site.id], rank, Recipe())
+                stage.advance()
+    return solutions
+
+
+def _outcome(
+    source: ModelSource,
+    dense: nn.Module,
+    smaller: nn.Module,
+    modules: tuple[SiteModule, ...],
+    solutions: Mapping[str, Solution],
+    surveyed: Surveyed,
+    ratio: float,
+    allocator: str,
+    seed: int,
+    text: Calibration,
+) -> CompressionOutcome:
+    items = {item.id: item for item in site_items(modules)}
+    sites = []
+    for one in modules:
+        for placed in one.placed:
+            layout, item = placed.footprint.layout, items[placed.site.id]
+            solution = solutions.get(placed.site.id)
+            rank = layout.size if solution is None else rank_of(solution.kept, layout)
+            before = item.full_rank * item.parameters_per_rank
+            error = 0.0 if solution is None else solution.relative_error
+            sites.append(SiteOutcome(placed.site.id, rank, layout.size, error, before, before - item.removed(rank)))
+    linear = surveyed.survey.analysis.model.decoder_linear_parameters
+    removed = sum(site.parameters_before - site.parameters_after for site in sites)
+    before, after = parameter_count(dense), parameter_count(smaller)
+    inner = parameter_count(dense, without_embeddings=True)
+    inner_after = parameter_count(smaller, without_embeddings=True)
+    return CompressionOutcome(
+        ratio=ratio,
+        allocator=allocator,
+        seed=seed,
+        calibration=text.description,
+        ratios=Ratios(removed / linear, 1 - inner_after / inner, 1 - after / before),
+        parameters_before=before,
+        parameters_after=after,
+        sites=tuple(sites),
+        fallback_reason=text.fallback_reason,
+        bytes_before=stored_bytes(dense),
+        bytes_after=stored_bytes(smaller),
+        cache_bytes_per_token_before=_cache_bytes(dense),
+        cache_bytes_per_token_after=_cache_bytes(smaller),
+    )
+
+
+def _cache_bytes(model: nn.Module) -> int | None:
+    """Bytes that one more token of one sequence takes in the key/value cache; None for models without one."""
+    if not can_generate(model):
+        return None
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    tensors = [t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if isinstance(t, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) or None
+
+
+def _random_tokens(model: nn.Module, example_inputs: tuple[Any, ...] | None, generator: torch.Generator) -> Tensor:
+    if example_inputs is not None:
+        return example_inputs[0]
+    vocabulary = next(part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
+    return torch.randint(0, vocabulary, (2, 24), generator=generator)
+
+
+def _greedy(model: nn.Module, tokens: Tensor, count: int = 16) -> Tensor:
+    """The next tokens by greedy generation, with the cache where the model has one; of logits alone where not."""
+    with torch.no_grad():
+        if can_generate(model):
+            mask = torch.ones_like(tokens)
+            return model.generate(
+                tokens, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None
+            )
+        return forward_logits(model, tokens).argmax(-1)

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from modegpt_graph.flow.classes import Classes
-from modegpt_graph.trace.operations import Effect, effect, operation
+from modegpt_graph.trace.operations import Effect, data_operands, effect, operation
 
 Labels = Tensor | tuple[Tensor, ...]
 
@@ -93,7 +93,7 @@ def follow(region: Sequence[fx.Node], starts: Mapping[fx.Node, Tensor], count: i
 
 
 def _labelled(node: fx.Node, flow: Flow) -> list[fx.Node]:
-    return [operand for operand in node.all_input_nodes if operand in flow.labels]
+    return [operand for operand in dict.fromkeys(data_operands(node)) if operand in flow.labels]
 
 
 def _step(node: fx.Node, flow: Flow) -> None:

@@ -11,7 +11,7 @@ from modegpt_graph.flow.layout import Layout, LayoutError, build_layout
 from modegpt_graph.match.matcher import Match
 from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.linear import Linear
-from modegpt_graph.trace.operations import Effect, effect, is_data, operation
+from modegpt_graph.trace.operations import Effect, data_operands, effect, is_data, operation
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,8 @@ def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
             if user in inside or user in outside or user in flow.labels or not is_data(user):
                 if not (user.op == "output"):
                     continue
+            elif node not in data_operands(user):
+                continue
             if effect(user) is Effect.MOVE:
                 outside[user] = run_on_labels(user, {**flow.labels, **outside})
                 queue.append((user, outside[user]))

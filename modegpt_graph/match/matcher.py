@@ -195,14 +195,14 @@ class Matcher:
         return source
 
     def _is_nonlinear(self, key: str, source: str) -> bool:
-        """Whether any operation between a value and its element-wise source is more than a scale."""
+        """Whether any operation between a value and its element-wise source is more than a scale: a shift is, too."""
         queue, seen = [key], {source}
         while queue:
             node = queue.pop()
             if node in seen:
                 continue
             seen.add(node)
-            if self.graph.effect(node) is Effect.UNARY or self._meets_itself(node):
+            if self.graph.effect(node) in (Effect.UNARY, Effect.SUM) or self._meets_itself(node):
                 return True
             queue += [operand for operand in self.graph.operands(node) if self.graph.carries(operand)]
         return False

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.linear import Linear, find_linear
-from modegpt_graph.trace.operations import Effect, effect, is_data, operation
+from modegpt_graph.trace.operations import Effect, data_operands, effect, is_data, operation
 
 ELEMENTWISE = frozenset({Effect.LINEAR_UNARY, Effect.UNARY, Effect.SUM, Effect.PRODUCT})
 _BETWEEN_SCORES_AND_MIX = ELEMENTWISE | {Effect.SAME, Effect.MOVE, Effect.REDUCE}
@@ -75,11 +75,7 @@ def normalise(trace: Trace) -> Graph:
     roles = _attention_products(trace.graph)
 
     def add(key: str, node: fx.Node, name: str, kind: Effect, operands: list[str], **attributes: object) -> str:
-        carries = (
-            "linear" in attributes
-            or kind is not Effect.FRESH
-            and any(graph.nodes[operand]["carries"] for operand in operands)
-        )
+        carries = "linear" in attributes or any(graph.nodes[operand]["carries"] for operand in operands)
         graph.add_node(
             key, fx=node, operation=name, effect=kind, operands=tuple(operands), carries=carries, **attributes
         )
@@ -89,7 +85,7 @@ def normalise(trace: Trace) -> Graph:
     for node in trace.graph.nodes:
         if not is_data(node):
             continue
-        operands = [names[operand] for operand in _operands(node) if operand in names]
+        operands = [names[operand] for operand in data_operands(node) if operand in names]
         kind, name = effect(node), operation(node)
         linear = find_linear(node, trace, parameters)
         if linear is not None:
@@ -109,13 +105,6 @@ def normalise(trace: Trace) -> Graph:
                 operands = operands[1:]  # baddbmm: the first operand is added to the product
             names[node] = add(node.name, node, roles.get(node, name), kind, operands)
     return Graph(trace, graph, linears)
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """Input nodes in argument order, one entry a use."""
-    found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda operand: found.append(operand))
-    return found
 
 
 def _attention_products(graph: fx.Graph) -> dict[fx.Node, str]:

@@ -27,7 +27,7 @@ class Effect(Enum):
 
 
 _TABLE: dict[Effect, str] = {
-    Effect.MOVE: """view _unsafe_view reshape transpose permute t T mT expand expand_as view_as slice select split
+    Effect.MOVE: """view _unsafe_view reshape transpose permute t T mT expand expand_as view_as reshape_as slice select split
         split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten unflatten roll
         flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
         broadcast_to index slice_scatter select_scatter copy""",
@@ -47,13 +47,15 @@ _TABLE: dict[Effect, str] = {
     Effect.LINEAR: "linear",
     Effect.PRODUCT_SUM: "matmul mm bmm addmm baddbmm",
     Effect.ATTENTION: "attention scaled_dot_product_attention",
-    Effect.FRESH: "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like",
+    Effect.FRESH: """new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like
+        randn_like""",
     Effect.COMPLEX: "view_as_complex",
     Effect.REAL: "view_as_real",
     Effect.CACHE: "cache_update",
     Effect.SIZE: """sym_size _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range
         sym_constrain_range_for_size""",
 }
+_LIKE_ANOTHER = frozenset({"type_as", "view_as", "expand_as", "reshape_as"})
 EFFECTS: dict[str, Effect] = {name: effect for effect, names in _TABLE.items() for name in names.split()}
 
 
@@ -71,6 +73,16 @@ def effect(node: fx.Node) -> Effect:
         return Effect.UNKNOWN
     name = operation(node)
     return EFFECTS.get(name) or EFFECTS.get(name.removesuffix("_"), Effect.UNKNOWN)
+
+
+def data_operands(node: fx.Node) -> list[fx.Node]:
+    """Operands whose values reach the result, in argument order, one entry a use; not those read for shape or dtype."""
+    if effect(node) is Effect.FRESH:
+        return []
+    arguments = node.args[:1] if operation(node) in _LIKE_ANOTHER else (node.args, node.kwargs)
+    found: list[fx.Node] = []
+    fx.map_arg(arguments, lambda operand: found.append(operand))
+    return found
 
 
 def is_data(node: fx.Node) -> bool:

@@ -1,6 +1,7 @@
 """Pattern files: one TOML file, one kind of pair. Data, checked before anything is matched."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -84,6 +85,31 @@ def _line(text: str, key: str) -> int:
     return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip().strip("[]").startswith(key)), 1)
 
 
+def _unreadable(data: Mapping[str, object]) -> str:
+    """Key of the first formula that cannot be read."""
+    variants = data.get("variants")
+    texts = {"formula": data.get("formula"), **(variants if isinstance(variants, dict) else {})}
+    for key, text in texts.items():
+        try:
+            parse(str(text or "_"))
+        except FormulaError:
+            return key
+    return "formula"
+
+
+def _blamed(text: str, message: str) -> int:
+    """Line of the word that a message is about: where it is a key, else where it is first mentioned."""
+    word = re.search(r"`(\w[\w-]*)`", message)
+    if word is None:
+        return 1
+    lines = list(enumerate(text.splitlines(), 1))
+    key, mention = re.compile(rf"\s*{word[1]}\s*="), re.compile(rf"\b{word[1]}\b")
+    keys = [number for number, line in lines if key.match(line)]
+    mentions = [number for number, line in lines if mention.search(line) and not line.lstrip().startswith("#")]
+    calls = [number for number, line in lines if re.search(rf"\b{word[1]}\s*\(", line)] if "takes" in message else []
+    return (calls or keys or mentions or [1])[0]
+
+
 def load_pattern(path: Path) -> Pattern:
     """Read one pattern file. Raises InputError that names file, line and what is wrong."""
     try:
@@ -99,7 +125,7 @@ def load_pattern(path: Path) -> Pattern:
     try:
         return Pattern.model_validate(data)
     except FormulaError as error:
-        raise InputError(f"{path}:{_line(text, 'formula')}:{error.column}: {error}") from error
+        raise InputError(f"{path}:{_line(text, _unreadable(data))}:{error.column}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part != "formula"]
@@ -109,7 +135,7 @@ def load_pattern(path: Path) -> Pattern:
         else:
             message = first["msg"].removeprefix("Value error, ")
             message = f"`{'.'.join(where)}`: {message}" if where else message
-        raise InputError(f"{path}:{_line(text, where[-1] if where else 'formula')}: {message}") from error
+        raise InputError(f"{path}:{_line(text, where[-1]) if where else _blamed(text, message)}: {message}") from error
 
 
 def load_patterns(paths: Iterable[Path]) -> tuple[Pattern, ...]:

@@ -1,5 +1,6 @@
 """A module, called as its model calls it, as one FX graph of ATen operations with the opaque calls in place."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,18 +103,26 @@ def export(module: nn.Module, call: Call) -> Trace:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(f"{type(module).__name__}: torch.export stopped: {reason}") from error
     inputs, state, constants = {}, {}, {}
+    names = _first_names(module)
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind is InputKind.USER_INPUT:
             inputs[name] = len(inputs)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            state[name] = spec.target.removeprefix("module.")
+            path = spec.target.removeprefix("module.")
+            state[name] = names.get(path, path)
         else:
             constants[name] = program.constants[spec.target]
     for node in program.graph.nodes:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]
     return Trace(module, call, program.graph, inputs, state, constants, tuple(recorder.calls), recorder.output)
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Name of a parameter → the first of its names, where it is shared."""
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {name: first[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
 def _writes_in_place(graph: fx.Graph) -> bool:
@@ -123,6 +132,13 @@ def _writes_in_place(graph: fx.Graph) -> bool:
         schema is not None and schema.is_mutable and (not node.users or node.all_input_nodes[0].users.keys() - {node})
         for node, schema in schemas
     )
+
+
+def _without_writes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program with every write into an operand as a new value."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own deprecated calls here
+        return program.run_decompositions({})
 
 
 def whole_model_call(input_ids: Tensor, rest: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> Call:

@@ -288,9 +288,27 @@ class _Writer:
         output = self._variable(node)
         output = "attention_output" if output == "attention" else f"{output}_output"
         self.weights = f"{output.removesuffix('_output')}_weights"
+        if not self.edits.empty:
+            operands[:3] = self._one_head_size(operands[:3])
         inner = ", ".join([module, *operands, *rest, *starred])
         self.lines.append(f"{output}, {self.weights} = attention({inner})")
+        if not self.edits.empty:
+            self.lines.append(f"{output} = {output}[..., :value_size]")
         self.text[node] = output
+
+    def _one_head_size(self, operands: list[str]) -> list[str]:
+        """Pad queries and keys, or values, to one size: the fused kernels take no others, and without them a prompt
+        takes several times as long. A single new token is attended to as it is, so that the cache is never copied."""
+        names = ["query", "key", "value"]
+        self.lines += [f"{name} = {text}" for name, text in zip(names, operands, strict=True) if name != text]
+        self.lines += [
+            "head_size, value_size = max(query.size(-1), value.size(-1)), value.size(-1)",
+            "if query.size(-1) != value_size and query.size(-2) > 1:",
+            "    query, key, value = (",
+            "        nn.functional.pad(states, (0, head_size - states.size(-1))) for states in (query, key, value)",
+            "    )",
+        ]
+        return names
 
     def _passed_on(self, said: AttentionCall) -> list[str]:
         signature = inspect.signature(self.trace.module.forward)

@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors
 from safetensors.torch import save_model
-from torch import nn
 
 from modegpt_graph.checkpoint.folder import written_whole
 from modegpt_graph.checkpoint.modeling import (

@@ -1,7 +1,7 @@
 """Run a model over calibration tokens, with every site observed where its features are consumed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
 from modegpt_graph.codegen.emit import emit
 from modegpt_graph.codegen.install import install
+from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
@@ -49,42 +50,87 @@ def calibrate(
     collectors: dict[str, Collector] = {}
     similarity = [torch.zeros((), dtype=torch.float64) for _ in layers]
     batch = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-    with torch.no_grad(), _observed(model, modules, collectors), _influence(model, layers, similarity):
-        with (progress or NullProgress()).stage("calibrate", len(tokens)) as stage:
-            for windows in tokens.split(batch):
-                try:
-                    forward_logits(model, windows)
-                except _Finished:
-                    pass
-                stage.advance(len(windows))
+    stages = progress or NullProgress()
+    with (
+        torch.no_grad(),
+        _observed(model, modules, collectors),
+        _influence(model, layers, similarity),
+        stages.stage("calibrate", len(tokens)) as stage,
+    ):
+        for windows in tokens.split(batch):
+            with suppress(_Finished):
+                forward_logits(model, windows)
+            stage.advance(len(windows))
     statistics = {site: one.statistics(site) for site, one in collectors.items()}
     importance = 1 - torch.stack(similarity) / tokens.numel()
     return Calibrated(statistics, importance, tokens.numel())
 
 
 @contextmanager
-def _observed(
-    model: nn.Module, modules: Sequence[SiteModule], collectors: dict[str, Collector]
-) -> Iterator[None]:
-    """Within this context the modules run as traced, and hand the observed values to their collectors."""
-    changed: list[tuple[nn.Module, type[nn.Module], list[str]]] = []
+def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[str, Collector]) -> Iterator[None]:
+    """Within this context every site hands what its features are, where they are consumed, to its collector.
+
+    What a projection reads is seen by a hook on it. Anything else is a value within a module, which runs as traced.
+    """
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    restores: list[Callable[[], None]] = []
     try:
         for one in modules:
             module = model.get_submodule(one.path)
             own = {placed.site.id: collector(placed.footprint) for placed in one.placed}
             collectors |= own
-            observed = {f"{site}/{name}": node for site, c in own.items() for name, node in c.nodes.items()}
-            forward = emit(one.trace, observed=observed)
-            changed.append((module, type(module), ["observe", *forward.attributes, *forward.buffers]))
-            install(module, forward, f"Observed{type(module).__name__}")
-            module.observe = _dispatch(own)
+            within: dict[str, Collector] = {}
+            for placed in one.placed:
+                path = _projection(one, placed.footprint)
+                if path is None:
+                    within[placed.site.id] = own[placed.site.id]
+                else:
+                    hook = _input_hook(own[placed.site.id])
+                    handles.append(module.get_submodule(path).register_forward_pre_hook(hook))
+            if within:
+                observed = {f"{site}/{name}": node for site, c in within.items() for name, node in c.nodes.items()}
+                forward = emit(one.trace, observed=observed)
+                restores.append(_restore(module))
+                install(module, forward, f"Observed{type(module).__name__}")
+                module.observe = _dispatch(within)
         yield
     finally:
-        for module, original, names in changed:
-            module.__class__ = original
-            for name in names:
-                if name in module.__dict__ or name in module._buffers:
-                    delattr(module, name)
+        for handle in handles:
+            handle.remove()
+        for restore in restores:
+            restore()
+
+
+def _projection(one: SiteModule, footprint: Footprint) -> str | None:
+    """The `nn.Linear` whose whole input is what the site's consumer reads; None where there is no such module."""
+    for consumer in footprint.outline.consumers.values():
+        path = consumer.weight.rpartition(".")[0]
+        stack = list((consumer.node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+        if type(one.trace.module.get_submodule(path)) is nn.Linear and stack[-1][0] == f"module.{path}":
+            return path
+    return None
+
+
+def _input_hook(observer: Collector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        observer.add("input", inputs[0])
+
+    return observe
+
+
+def _restore(module: nn.Module) -> Callable[[], None]:
+    """What puts a module back as it is now: its class, attributes and buffers."""
+    original, attributes, buffers = type(module), dict(module.__dict__), dict(module._buffers)
+
+    def restore() -> None:
+        module.__class__ = original
+        for name in module.__dict__.keys() - attributes.keys():
+            object.__delattr__(module, name)
+        module.__dict__.update(attributes)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+
+    return restore
 
 
 def _dispatch(collectors: Mapping[str, Collector]) -> Callable[[str, Tensor], None]:

@@ -108,9 +108,7 @@ class ScoreCollector:
         """Another batch of queries (…, H, S, d) or keys."""
         if name == "key" and self._turned:
             value = value.transpose(-1, -2)
-        heads, sums = (
-            (self._query_heads, self._queries) if name == "query" else (self._key_heads, self._keys)
-        )
+        heads, sums = (self._query_heads, self._queries) if name == "query" else (self._key_heads, self._keys)
         total = int(self._heads_in(name))
         value = value.reshape(-1, total, *value.shape[-2:])  # (B, H, S, d)
         chosen = value[:, heads.flatten()].transpose(0, 1).flatten(1, 2)  # (G·g, B·S, d)
@@ -126,7 +124,9 @@ class ScoreCollector:
         return shape[-3] if len(shape) == 4 else shape[0] // BATCH
 
     def statistics(self, site: str) -> ScoreStatistics:
-        """The sums so far. Raises OverflowedActivations where they are not finite."""
+        """The sums so far. Raises OverflowedActivations where they are not finite, ModegptError where nothing came."""
+        if not self._rows:
+            raise ModegptError(f"{site}: no query was seen while the model ran; another module takes its place")
         _check(self._queries, site, self._rows)
         _check(self._keys, site, self._rows)
         return ScoreStatistics(self._queries, self._keys[:, 0])

@@ -14,7 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from modegpt_graph.codegen.expressions import EmitError, atom, call, identifier, literal
+from modegpt_graph.codegen.expressions import EmitError, call, identifier, literal
+from modegpt_graph.codegen.layout import atom, wrapped
 from modegpt_graph.flow.shrink import Edits
 from modegpt_graph.trace.calls import CacheSlot
 from modegpt_graph.trace.export import Output, Trace
@@ -23,6 +24,8 @@ from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCal
 from modegpt_graph.trace.operations import Effect, effect, operation
 
 WIDTH = 96
+LEADING = ("batch", "length")
+_CLASS_INDENT = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class _Writer:
     attributes: dict[str, int] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     weights: str | None = None
+    leading: dict[str, str] = field(default_factory=dict)
+    used_sizes: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.parameters = frozenset(n for n, p in self.trace.module.named_parameters() if p.ndim == 2)
@@ -101,7 +106,20 @@ class _Writer:
             for axis, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, torch.SymInt):
                     found.setdefault(str(size), f"{self.inputs[node.name]}.size({axis})")
-        return found
+        parameters = inspect.signature(self.trace.module.forward).parameters
+        for axis, name in enumerate(LEADING):
+            said = f"{self.inputs[self.main.name]}.size({axis})"
+            if said in found.values() and not set(LEADING) & set(parameters):
+                self.leading[name] = said
+        return {size: next((n for n, said in self.leading.items() if said == text), text) for size, text in found.items()}
+
+    def _leading_sizes(self) -> list[str]:
+        """The statement that reads batch and length, as far as they are used."""
+        used = [name for name in LEADING if name in self.used_sizes]
+        main = self.inputs[self.main.name]
+        if len(used) == len(LEADING):
+            return [f"{', '.join(LEADING)} = {atom(main)}.shape[:{len(LEADING)}]"]
+        return [f"{name} = {self.leading[name]}" for name in used]
 
     def live(self) -> set[fx.Node]:
         """Nodes that the outputs and the observers need."""
@@ -157,6 +175,7 @@ class _Writer:
         text = str(size)
         if text not in self.sizes:
             raise EmitError(f"the size {text} cannot be read from the inputs")
+        self.used_sizes.add(self.sizes[text])
         return self.sizes[text]
 
     def _buffer(self, name: str, value: Tensor) -> str:
@@ -188,10 +207,13 @@ class _Writer:
             path = self.linears[node].weight.rpartition(".")[0]
             return f"self.{_path(path)}({self.write(self.linears[node].source, node)})"
         target, args, kwargs = self.arguments[node]
+        said = operation(node) if target is node.target else target._opname
+        if said in ("view", "_unsafe_view") and args[0] not in self.linears:
+            said = "reshape"  # kernels differ in how they lay their results out in memory
         raw = tuple(args)
         written = tuple(self._argument(node, n, value) for n, value in enumerate(args))
         return call(
-            operation(node) if target is node.target else target._opname,
+            said,
             target,
             written,
             {key: self.write(value, node) for key, value in kwargs.items()},
@@ -235,8 +257,9 @@ class _Writer:
                 for name in watched.get(node, ()):
                     self.lines.append(f"self.observe({name!r}, {self.text[node]})")
         self.lines.append(f"return {self._returned()}")
-        body = "\n".join(f"    {line}" for line in self.lines)
-        return Forward(f"{self._definition()}\n{body}\n", self.imports, self.attributes, self.buffers)
+        statements = [self._definition(), *(f"    {line}" for line in (*self._leading_sizes(), *self.lines))]
+        body = "\n".join(line for statement in statements for line in wrapped(statement, _CLASS_INDENT))
+        return Forward(f"{body}\n", self.imports, self.attributes, self.buffers)
 
     def _statement(self, node: fx.Node, uses: int, watched: bool) -> None:
         if operation(node) == "attention":
@@ -261,7 +284,7 @@ class _Writer:
             base = identifier(self.linears[node].weight.split(".")[-2])
         else:
             base = identifier(node.name)
-        taken = {*self.text.values(), *inspect.signature(self.trace.module.forward).parameters}
+        taken = {*self.text.values(), *LEADING, *inspect.signature(self.trace.module.forward).parameters}
         name, number = base, 2
         while name in taken:
             name, number = f"{base}_{number}", number + 1

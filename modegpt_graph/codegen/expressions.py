@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from modegpt_graph.codegen.layout import atom, infix
 from modegpt_graph.errors import ModegptError
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "floordiv": "//", "mod": "%"}
@@ -55,9 +56,7 @@ _METHODS = {
     "baddbmm",
     "detach",
 }
-_NO_SCALAR_METHOD = {"split_with_sizes": "split"}
 _LAST = 2**63 - 1
-_ATOM = re.compile(r"^[\w.]+(\([^()]*\)|\[[^\[\]]*\])*$")
 
 
 class EmitError(ModegptError):
@@ -84,23 +83,20 @@ def literal(value: Any) -> str:
     raise EmitError(f"a constant of type {type(value).__name__} has no Python source")
 
 
-def atom(text: str) -> str:
-    """An expression that can stand before a dot or within a product."""
-    return text if _ATOM.match(text) or text.isidentifier() else f"({text})"
-
-
 def call(name: str, target: Any, args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
     """An operation applied to arguments that are written already.
 
     name: plain name of the operation.   raw: the arguments themselves, to tell constants from expressions.
     """
-    special = _SPECIAL.get(name)
+    special = _SPECIAL.get(name, _SPECIAL.get(name.removesuffix("_")))
     if special is not None:
         written = special(args, kwargs, raw)
         if written is not None:
             return written
+    # Writes into an operand that something else reads are gone from the trace; the others are plain operations.
+    name = name.removesuffix("_") if not name.startswith("_") else name
     if name in _INFIX and len(args) == 2 and not kwargs:
-        return f"{atom(args[0])} {_INFIX[name]} {atom(args[1])}"
+        return infix(args[0], _INFIX[name], args[1])
     rest = [*args[1:], *(f"{key}={value}" for key, value in kwargs.items())]
     if name in _METHODS and args:
         flat = [
@@ -110,7 +106,7 @@ def call(name: str, target: Any, args: tuple[str, ...], kwargs: Mapping[str, str
         return f"{atom(args[0])}.{name}({', '.join(flat)})"
     if getattr(target, "namespace", None) == "aten" or hasattr(target, "_opname"):
         overload = getattr(target, "_overloadname", "default")
-        return f"torch.ops.{target.namespace}.{name}.{overload}({', '.join([*args, *rest[len(args) - 1 :]])})"
+        return f"torch.ops.{target.namespace}.{target._opname}.{overload}({', '.join([*args, *rest[len(args) - 1 :]])})"
     raise EmitError(f"the operation `{name}` cannot be written as Python")
 
 
@@ -162,6 +158,19 @@ def _cast(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]
     return None if dtype is None else f"{atom(args[0])}.to({dtype})"
 
 
+def _dropout(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+    is_training = raw[2] if len(raw) > 2 else True
+    return args[0] if is_training is False or raw[1] == 0 else None
+
+
+def _turned(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    return f"{atom(args[0])}.T"
+
+
+def _view_permute(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    return f"{atom(args[0])}.reshape({args[1][1:-1]}).permute({kwargs['order'][1:-1]})"
+
+
 def _same(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
     return args[0]
 
@@ -170,6 +179,17 @@ _SPECIAL: dict[str, Callable[..., str | None]] = {
     "slice": _slice,
     "select": _select,
     "neg": _neg,
+    "dropout": _dropout,
+    "feature_dropout": _dropout,
+    "numpy_T": _turned,
+    "t": _turned,
+    "view_permute": _view_permute,
+    "view_as_complex": _function("torch.view_as_complex"),
+    "view_as_real": _function("torch.view_as_real"),
+    "rms_norm": _function("nn.functional.rms_norm"),
+    "sym_max": _function("max"),
+    "sym_min": _function("min"),
+    "sym_float": _function("float"),
     "cat": _function("torch.cat"),
     "stack": _function("torch.stack"),
     "silu": _function("nn.functional.silu"),

@@ -202,7 +202,7 @@ def _analysis(
     model = graph.trace.module
     sizes = {name: model.get_parameter(name).numel() for name in matrices if is_multiplied(graph, name)}
     in_sites = {role.parameter for one in located for role in one.site.roles.values()}
-    unmatched = tuple(explain(graph, matrix, misses) for matrix in matrices if matrix not in in_sites)
+    unmatched = tuple(explain(graph, matrix, misses, in_sites) for matrix in matrices if matrix not in in_sites)
     facts = ModelFacts(name, architecture, sum(p.numel() for p in model.parameters()), sum(sizes.values()))
     covered = sum(map(_covered, located))
     return Analysis(facts, tuple(one.site for one in located), unmatched, covered / max(sum(sizes.values()), 1))

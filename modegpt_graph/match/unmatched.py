@@ -1,6 +1,6 @@
 """Why a matrix belongs to no site, in a sentence that a person can act on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import fx
 
@@ -22,14 +22,22 @@ def is_multiplied(graph: Graph, parameter: str) -> bool:
     return bool(kinds & {Effect.PRODUCT_SUM, Effect.LINEAR, Effect.UNKNOWN})
 
 
-def explain(graph: Graph, parameter: str, misses: Iterable[Miss]) -> Unmatched:
-    """The nearest pattern of a matrix in no site, and how far it got; or what stands around the matrix instead."""
+def explain(graph: Graph, parameter: str, misses: Iterable[Miss], in_sites: Collection[str]) -> Unmatched:
+    """The nearest pattern of a matrix in no site, and how far it got; or what stands around the matrix instead.
+
+    in_sites: matrices that belong to sites; a near miss that needs one of them is not near.
+    """
     keys = set(graph.linears.get(parameter, ()))
     if not keys:
         return Unmatched(parameter, None, _not_one_matrix(graph, parameter))
+
+    def others(miss: Miss) -> bool:
+        weights = (graph.linear(miss.linears[role]) for role in miss.beyond_first)
+        return any(linear is not None and linear.weight in in_sites for linear in weights)
+
     near = [miss for miss in misses if keys & set(miss.linears.values())]
-    best = max(near, key=lambda miss: (len(miss.beyond_first), miss.matched), default=None)
-    if best is not None and best.beyond_first:
+    best = max(near, key=lambda miss: (not others(miss), len(miss.beyond_first), miss.matched), default=None)
+    if best is not None and best.beyond_first and not others(best):
         return Unmatched(parameter, best.pattern, str(best))
     reads = _names(node for key in keys for node in _readers(graph.traced(key)))
     written = _names(node for key in keys for node in _writers(graph, key))

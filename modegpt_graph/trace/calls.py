@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from modegpt_graph.errors import ModegptError
+from modegpt_graph.trace.fake import fake_cpu, on_meta
 
 Path = tuple[Any, ...]
 
@@ -131,6 +132,22 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
 def _run(
     model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None
 ) -> dict[str, _Seen]:
+    """Arguments of the first call of each module, on the meta device, or on a fake CPU where that is not enough."""
+    try:
+        return _run_once(model, modules, sizes, example_inputs, lambda value: value)
+    except (RuntimeError, NotImplementedError):
+        with fake_cpu(model) as fake:
+            seen = _run_once(model, modules, sizes, example_inputs, fake)
+        return {name: replace(one, tensors=list(map(on_meta, one.tensors))) for name, one in seen.items()}
+
+
+def _run_once(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sizes: Sizes,
+    example_inputs: tuple | None,
+    fake: Callable[[Tensor], Tensor],
+) -> dict[str, _Seen]:
     """Arguments of the first call of each module; the run has a cache with tokens in it where the model takes one."""
     seen: dict[str, _Seen] = {}
     running: list[str] = []
@@ -152,6 +169,7 @@ def _run(
 
     def run(count: int, **kwargs: Any) -> Any:
         tokens = torch.zeros(sizes.batch, count, dtype=torch.long, device="meta")
+        tokens = fake(tokens)
         rest = () if example_inputs is None else example_inputs[1:]
         return model(tokens, *rest, **kwargs)
 
@@ -165,10 +183,10 @@ def _run(
                 total = sizes.cached + sizes.tokens
                 cached = {"past_key_values": prefix.past_key_values, "use_cache": True}
                 if "attention_mask" in accepted:
-                    cached["attention_mask"] = torch.ones(sizes.batch, total, dtype=torch.long, device="meta")
+                    cached["attention_mask"] = fake(torch.ones(sizes.batch, total, dtype=torch.long, device="meta"))
                 if "position_ids" in accepted:
                     positions = torch.arange(sizes.cached, total, device="meta")
-                    cached["position_ids"] = positions.expand(sizes.batch, -1)
+                    cached["position_ids"] = fake(positions.expand(sizes.batch, -1).contiguous())
             for name, module in modules.items():
                 handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(leave))
@@ -178,6 +196,22 @@ def _run(
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _length_axis(
+    dynamic: tuple[tuple[int, ...], ...], runs: tuple[list[Tensor], list[Tensor]], sizes: tuple[Sizes, Sizes]
+) -> tuple[int, int] | None:
+    """(tensor, axis) that is as long as the keys: all tokens so far, or those that a sliding window leaves."""
+    axes = [(index, axis) for index, own in enumerate(dynamic) for axis in reversed(own)]
+
+    def lengths(index: int, axis: int) -> tuple[int, ...]:
+        return tuple(int(run[index].shape[axis]) for run in runs)
+
+    total = tuple(size.cached + size.tokens for size in sizes)
+    known = {tuple(size.batch for size in sizes), tuple(size.tokens for size in sizes)}
+    exact = [one for one in axes if lengths(*one) == total]
+    windowed = [(index, axis) for index, axis in axes if runs[0][index].ndim == 4 and lengths(index, axis) not in known]
+    return next(iter([*exact, *windowed]), None)
 
 
 def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tuple | None = None) -> dict[str, Call]:
@@ -199,16 +233,7 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
             tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
             for a, b in zip(tensors, others, strict=True)
         )
-        length = next(
-            (
-                (index, axis)
-                for index, axes in enumerate(dynamic)
-                for axis in reversed(axes)
-                if tensors[index].shape[axis] == first.cached + first.tokens
-                and others[index].shape[axis] == second.cached + second.tokens
-            ),
-            None,
-        )
+        length = _length_axis(dynamic, (tensors, others), (first, second))
         leaves = pytree.tree_leaves(arguments, is_leaf=_is_leaf)
         has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
         calls[name] = Call(

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.trace.calls import CacheSlot, Call, Slot
 from modegpt_graph.trace.fake import fake_cpu
+from modegpt_graph.trace.operations import Effect, effect
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 
 
@@ -95,10 +96,10 @@ def export(module: nn.Module, call: Call) -> Trace:
     called = _Called(module, call, recorder)
     shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in call.dynamic)
     try:
-        with opaque_calls(recorder, call.extra), torch.no_grad(), fake_cpu(module, call.tensors) as tensors:
-            program = torch.export.export(called, tensors, dynamic_shapes=(shapes,), strict=False)
+        with opaque_calls(recorder, call.extra), torch.no_grad(), fake_cpu(module, call.tensors) as fake:
+            program = torch.export.export(called, tuple(map(fake, call.tensors)), dynamic_shapes=(shapes,), strict=False)
             if _writes_in_place(program.graph):
-                program = program.run_decompositions({})
+                program = _without_writes(program)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TraceError(f"{type(module).__name__}: torch.export stopped: {reason}") from error
@@ -129,7 +130,13 @@ def _writes_in_place(graph: fx.Graph) -> bool:
     """Whether an operation is there for what it writes into its operand: data flow does not show that."""
     schemas = [(node, getattr(node.target, "_schema", None)) for node in graph.nodes if node.op == "call_function"]
     return any(
-        schema is not None and schema.is_mutable and (not node.users or node.all_input_nodes[0].users.keys() - {node})
+        schema is not None
+        and schema.is_mutable
+        and (
+            not node.users
+            or node.all_input_nodes[0].users.keys() - {node}
+            or effect(node.all_input_nodes[0]) is Effect.MOVE
+        )
         for node, schema in schemas
     )
 

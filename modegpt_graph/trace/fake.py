@@ -4,7 +4,7 @@ A constant that a module makes on its parameters' device (`x[..., [-2], :]` make
 device. On a fake CPU device it has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,18 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @contextmanager
-def fake_cpu(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Within this context the meta tensors of `module` are fake CPU tensors; yields `inputs` as such.
+def fake_cpu(module: nn.Module, inputs: Sequence[Tensor] = ()) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within this context the meta tensors of `module` are fake CPU tensors; yields a function that makes others so.
 
-    The module is left as it was. Real tensors stay what they are, and then so do all.
+    inputs: what the module will be given, after that function.   The module is left as it was. Where nothing is on the
+    meta device, or something is on another, all tensors stay what they are.
     """
     held = [(m, store) for m in module.modules() for store in _stores(m)]
     tensors = [*inputs, *(value for _, store in held for value in store.values() if isinstance(value, Tensor))]
-    if not any(value.device.type == "meta" for value in tensors) or not all(map(_replaceable, tensors)):
-        yield tuple(inputs)
+    devices = {value.device.type for value in tensors}
+    if "meta" not in devices or devices - {"meta", "cpu"}:
+        yield lambda value: value
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    replaced: dict[int, Tensor] = {}
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}  # the original is held, so that its id stays its own
 
     def fake(value: Tensor) -> Tensor:
         if value.device.type != "meta":
@@ -32,16 +34,16 @@ def fake_cpu(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[tuple[Tens
         if id(value) not in replaced:
             with mode:
                 twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-            replaced[id(value)] = (
-                nn.Parameter(twin, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else twin
-            )
-        return replaced[id(value)]
+            if isinstance(value, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=value.requires_grad)
+            replaced[id(value)] = value, twin
+        return replaced[id(value)][1]
 
     before = [dict(store) for _, store in held]
     try:
         for _, store in held:
             store.update({name: fake(value) for name, value in store.items() if isinstance(value, Tensor)})
-        yield tuple(fake(value) for value in inputs)
+        yield fake
     finally:
         for (_, store), values in zip(held, before, strict=True):
             store.update(values)
@@ -51,6 +53,6 @@ def _stores(module: nn.Module) -> list[dict]:
     return [module._parameters, module._buffers, module.__dict__]
 
 
-def _replaceable(value: Tensor) -> bool:
-    """Whether a tensor has no value that the trace might need: a meta tensor, or one of the model's small tables."""
-    return value.device.type in ("meta", "cpu")
+def on_meta(value: Tensor) -> Tensor:
+    """A fake tensor as a meta tensor of the same shape, strides and dtype."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

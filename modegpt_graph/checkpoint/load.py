@@ -34,6 +34,7 @@ from modegpt_graph.models.source import one_line
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.solution import Solution
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Factory = Callable[[], tuple[nn.Module, tuple[Any, ...]]]
 
 
@@ -90,20 +91,21 @@ def _load_into(
     file = folder / WEIGHTS_FILE
     try:
         _rewrite_as_planned(folder, model, modules, plan, solutions)
-        model.to(dtype or _stored_dtype(file))
+        _cast(model, file, dtype)
         load_model(model, file)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"{file} does not fit the factory's module: {one_line(error)}") from error
     return model.eval()
 
 
-def _stored_dtype(file: Path) -> torch.dtype | None:
-    """The floating-point type of a file's tensors, None where they differ."""
+def _cast(model: nn.Module, file: Path, dtype: torch.dtype | None) -> None:
+    """Give every floating-point parameter `dtype`, or that which it has in the file."""
     with safetensors.safe_open(file, framework="pt") as stored:
-        names = {stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 (the file is no mapping)
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    found = {known[name] for name in names if name in known}
-    return found.pop() if len(found) == 1 else None
+        names = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 (no mapping)
+    for name, parameter in model.named_parameters():
+        wanted = dtype or DTYPES.get(names.get(name, ""))
+        if wanted is not None and parameter.is_floating_point():
+            parameter.data = parameter.data.to(wanted)
 
 
 def _load_pretrained(

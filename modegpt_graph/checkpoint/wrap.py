@@ -8,7 +8,7 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 def wrap(source: str, width: int = LINE_LENGTH) -> str:
     """The same Python with no line over `width` where its outermost brackets allow that.
 
-    Every line of `source` is a whole logical line; its meaning does not change.
+    The meaning does not change: lines that are only part of a statement, and comprehensions, stay as they are.
     """
     return "\n".join(part for line in source.splitlines() for part in _wrap_line(line, width))
 
@@ -25,6 +25,8 @@ def _wrap_line(line: str, width: int) -> list[str]:
     together = f"{indent}{INDENT}{inner}"
     if len(together) <= width and len(tail) + len(indent) <= width and not _is_definition(line):
         return [head, together, f"{indent}{tail}"]
+    if " for " in inner:
+        return [line]
     items = _items(inner)
     # A comma after a single item would make a tuple of it, unless it is one already.
     comma = "," if len(items) > 1 or inner.rstrip().endswith(",") else ""
@@ -43,6 +45,8 @@ def _outermost(line: str) -> tuple[int, int] | None:
         if sign in _CLOSING:
             stack.append(place)
         elif sign in _CLOSING.values():
+            if not stack:
+                return None
             opened = stack.pop()
             if not stack and place - opened > 1:
                 pairs.append((opened, place))

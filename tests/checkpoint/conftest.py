@@ -1,5 +1,6 @@
 """Tiny random models, made smaller with random selections and saved."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.checkpoint import save
+from modegpt_graph.checkpoint import load, save
 from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.prepare import read_patterns, survey_model
@@ -63,7 +64,8 @@ def configuration(family: str) -> Any:
     if family == "gemma":
         return GemmaConfig(hidden_size=32, intermediate_size=48, num_key_value_heads=1, head_dim=8, **shape)
     if family == "phi":
-        return PhiConfig(hidden_size=64, intermediate_size=48, partial_rotary_factor=0.5, **shape)
+        rotary: dict[str, Any] = {"partial_rotary_factor": 0.5}
+        return PhiConfig(hidden_size=64, intermediate_size=48, **shape, **rotary)
     if family == "gpt_neox":
         return GPTNeoXConfig(hidden_size=64, intermediate_size=48, **shape)
     assert family == "gpt2"
@@ -100,9 +102,11 @@ def full_rank(modules: tuple[SiteModule, ...]) -> dict[str, Solution]:
     return {placed.site.id: shuffled(placed.footprint.layout, generator) for one in modules for placed in one.placed}
 
 
-def compressed(model: nn.Module, choose: Any = random_part, example_inputs: Any = None) -> Compressed:
+def compressed(
+    model: nn.Module, choose: Any = random_part, example_inputs: Any = None, patterns: Any = None
+) -> Compressed:
     source = resolve(model, example_inputs=example_inputs)
-    surveyed = survey_model(source, read_patterns())
+    surveyed = survey_model(source, patterns or read_patterns())
     modules = surveyed.modules()
     solutions = choose(modules)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
@@ -122,6 +126,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Saved]:
 
 
 @pytest.fixture
-def small_llama() -> Compressed:
-    return compressed(random_model(configuration("llama"), seed=2, max_layers=2))
+def small_llama(saved: Mapping[str, Saved]) -> Compressed:
+    """A copy of a model that was made smaller, for tests that change it."""
+    return dataclasses.replace(saved["llama"], model=copy.deepcopy(saved["llama"].model))
 
+
+@pytest.fixture(scope="session")
+def loaded(saved: Mapping[str, Saved]) -> Mapping[str, Any]:
+    """Family → the saved model, loaded; shared by all tests, leave it as it is."""
+    return {family: load(one.directory) for family, one in saved.items()}

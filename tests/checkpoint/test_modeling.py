@@ -1,0 +1,194 @@
+"""The modelling file: what a person reads, and what works where only torch and transformers are installed."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modegpt_graph.checkpoint import load
+from modegpt_graph.checkpoint.wrap import wrap
+from modegpt_graph.errors import ModegptError
+
+from .conftest import FAMILIES, Compressed, Saved
+
+# Run in a process of its own, in which this package cannot be imported, wherever it is installed.
+ALONE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modegpt_graph":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import modegpt_graph
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("the package can be imported here: this test would show nothing")
+
+import json
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+root = Path(sys.argv[1])
+given = load_file(root / "given.safetensors")
+found = {}
+for name, choices in json.loads((root / "models.json").read_text()).items():
+    dtype = choices.pop("dtype", None)
+    extra = {"dtype": getattr(torch, dtype)} if dtype else {}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        choices["directory"], trust_remote_code=True, device_map=choices.get("device_map"), output_loading_info=True,
+        **extra
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found[f"{name}/logits"] = model(given["ids"], attention_mask=given["mask"]).logits
+    found[f"{name}/generated"] = model.generate(
+        given["ids"], attention_mask=given["mask"], max_new_tokens=8, do_sample=False, pad_token_id=0
+    )
+    if choices.get("again"):
+        model.save_pretrained(choices["again"])
+save_file(found, root / "found.safetensors")
+assert not [name for name in sys.modules if name.partition(".")[0] == "modegpt_graph"]
+"""
+
+
+def given() -> dict[str, torch.Tensor]:
+    ids = torch.randint(2, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    return {"ids": ids.masked_fill(mask == 0, 0), "mask": mask}
+
+
+def run_alone(root: Path, models: Mapping[str, Mapping[str, str]]) -> dict[str, torch.Tensor]:
+    save_file(given(), root / "given.safetensors")
+    (root / "models.json").write_text(json.dumps(models))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(root / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ALONE, str(root)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(root / "found.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(saved: Mapping[str, Saved], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    root = tmp_path_factory.mktemp("alone")
+    models = {family: {"directory": str(saved[family].directory)} for family in FAMILIES}
+    models["placed"] = {"directory": str(saved["llama"].directory), "device_map": "cpu"}
+    models["halved"] = {"directory": str(saved["llama"].directory), "dtype": "bfloat16"}
+    models["resaved"] = {"directory": str(saved["phi"].directory), "again": str(root / "again")}
+    # Reads what the entry before it wrote.
+    models["reloaded"] = {"directory": str(root / "again")}
+    return run_alone(root, models)
+
+
+def expected(one: Compressed) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = given().values()
+    model = one.model
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return logits, generated
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_without_this_package(
+    saved: Mapping[str, Saved], alone: dict[str, torch.Tensor], family: str
+) -> None:
+    logits, generated = expected(saved[family])
+    assert torch.equal(alone[f"{family}/logits"], logits)
+    assert torch.equal(alone[f"{family}/generated"], generated)
+
+
+def test_a_device_map_changes_nothing(alone: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(alone["placed/logits"], alone["llama/logits"])
+
+
+def test_another_dtype_gives_what_the_loaded_model_gives_in_it(
+    saved: Mapping[str, Saved], alone: dict[str, torch.Tensor]
+) -> None:
+    ids, mask = given().values()
+    with torch.no_grad():
+        logits = load(saved["llama"].directory, dtype=torch.bfloat16)(ids, attention_mask=mask).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(alone["halved/logits"], logits)
+
+
+def test_what_the_library_saves_again_is_loaded_again(alone: dict[str, torch.Tensor]) -> None:
+    assert torch.equal(alone["resaved/logits"], alone["phi/logits"])
+    assert torch.equal(alone["reloaded/logits"], alone["phi/logits"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_reads_well(saved: Mapping[str, Saved], family: str) -> None:
+    text = (saved[family].directory / "modeling_compressed.py").read_text()
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert all(line == line.rstrip() for line in text.splitlines())
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    assert type(saved[family].model).__name__ in (ast.get_docstring(tree) or "").splitlines()[0]
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {str(name).partition(".")[0] for name in imported} == {"torch", "transformers"}
+    defined = {node.name: node for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    assert all(ast.get_docstring(node) for name, node in defined.items() if name not in ("forward", "__init__"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_is_one_class_per_topology(saved: Mapping[str, Saved], family: str) -> None:
+    one = saved[family]
+    tree = ast.parse((one.directory / "modeling_compressed.py").read_text())
+    classes = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    topologies = {str(rewritten.class_name) for rewritten in one.rewritten if rewritten.forward is not None}
+    assert sorted(classes) == sorted([*topologies, f"Compressed{type(one.model).__name__}"])
+    assert len({r.forward.source for r in one.rewritten if r.forward is not None}) == len(topologies)
+
+
+def test_a_class_that_cannot_be_imported_is_refused(small_llama: Compressed, tmp_path: Path) -> None:
+    small_llama.model.__class__ = type("Local", (type(small_llama.model),), {"__module__": "__main__"})
+    with pytest.raises(ModegptError, match=r"__main__\.Local cannot be imported"):
+        small_llama.save(tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+LINES = [
+    "x = call(first_argument, second_argument, [1, 2, 3], key=other(call, with_arguments), **keywords)",
+    "def forward(self, hidden_states, position_embeddings=None, attention_mask=None, *, flag='a, b', **kwargs):",
+    "    value = (something_quite_long + something_else_that_is_long) * (another_thing - the_last_thing_of_all)",
+    "value = table[the_only_index_there_is_in_this_long_line_of_source] + other[:, None, first:last, position]",
+    "pair = (the_only_item_of_a_tuple_with_one_item_that_is_long_enough_to_be_broken_up_somewhere,)",
+    "text = call('a string (with brackets), and commas, that is long', \"another ] one\", last_argument_of_all)",
+    "attention_output_with_no_brackets_at_all = first_operand_of_the_sum_here + second_operand_of_the_sum_here",
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("width", [20, 40, 60, 100, 120])
+def test_breaking_a_line_keeps_its_meaning(line: str, width: int) -> None:
+    body = "\n    pass" if line.startswith("def") else ""
+    wrapped = wrap(line, width)
+    assert ast.dump(ast.parse(wrapped.strip() + body)) == ast.dump(ast.parse(line.strip() + body))
+    assert (wrapped == line) == (len(line) <= width or not set("([") & set(line))
+
+
+def test_a_call_is_broken_as_a_formatter_would() -> None:
+    assert wrap("    output = attention(self, query, key, scaling=0.5)", 44) == (
+        "    output = attention(\n        self, query, key, scaling=0.5\n    )"
+    )
+    assert wrap("output = attention(self, query, key, scaling=0.5)", 26) == (
+        "output = attention(\n    self,\n    query,\n    key,\n    scaling=0.5,\n)"
+    )

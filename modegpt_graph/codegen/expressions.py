@@ -175,6 +175,11 @@ def _same(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]
     return args[0]
 
 
+def _layer_norm(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    # The operation's last argument chooses a kernel; the function has none such.
+    return _function("nn.functional.layer_norm")(args[:5], {}, raw)
+
+
 _SPECIAL: dict[str, Callable[..., str | None]] = {
     "slice": _slice,
     "select": _select,
@@ -195,7 +200,7 @@ _SPECIAL: dict[str, Callable[..., str | None]] = {
     "silu": _function("nn.functional.silu"),
     "gelu": _function("nn.functional.gelu"),
     "linear": _function("nn.functional.linear"),
-    "layer_norm": _function("nn.functional.layer_norm"),
+    "layer_norm": _layer_norm,
     "addmm": _function("torch.addmm"),
     "scaled_dot_product_attention": _function("nn.functional.scaled_dot_product_attention"),
     "split": _split,

@@ -20,7 +20,7 @@ from modegpt_graph.trace.export import Trace, export
 from modegpt_graph.trace.graph import Graph, normalise
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.opaque import AttentionCall, CacheCall
-from modegpt_graph.trace.operations import effect, Effect
+from modegpt_graph.trace.operations import operation
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _structure(graph: Graph, path: str) -> object:
         stack = node.meta.get("nn_module_stack") or {}
         if any(where == wanted for where, _ in stack.values()):
             args = node.args
-            if effect(node) is Effect.ATTENTION and isinstance(args[-1], int):
+            if operation(node) == "attention":
                 said = graph.trace.calls[args[-1]]
                 assert isinstance(said, AttentionCall)
                 args = (*args[:-1], said.scaling, said.tensors, str(dict(said.constants)), said.passed_through)
@@ -136,9 +136,7 @@ def _trace_module(
         if footprint is None:
             raise ModegptError(f"{site.id}: found in the whole model but not in {path} on its own")
         placed.append(Placed(site, footprint))
-    linears = [
-        linear for one in placed for linear in one.footprint.outline.producers.values()
-    ]
+    linears = [linear for one in placed for linear in one.footprint.outline.producers.values()]
     starts, offsets, count = starts_of(linears)
     region = sorted({node for one in placed for node in one.footprint.outline.region}, key=graph.place)
     flow = follow(region, starts, count)

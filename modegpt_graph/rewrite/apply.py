@@ -61,7 +61,7 @@ def rewrite(
 
     Raises ModegptError where a module cannot be rewritten.
     """
-    names: dict[str, str] = {}
+    names: dict[tuple[type, str], str] = {}
     outcome = []
     for one in modules:
         chosen = {placed.site.id: solutions[placed.site.id] for placed in one.placed if placed.site.id in solutions}
@@ -71,7 +71,7 @@ def rewrite(
 
 
 def _rewrite_module(
-    model: nn.Module, one: SiteModule, solutions: Mapping[str, Solution], names: dict[str, str]
+    model: nn.Module, one: SiteModule, solutions: Mapping[str, Solution], names: dict[tuple[type, str], str]
 ) -> RewrittenModule:
     module = model.get_submodule(one.path)
     placed = [p for p in one.placed if p.site.id in solutions]
@@ -79,16 +79,18 @@ def _rewrite_module(
     edits = shrink(one.region, one.flow, selection)
     matrices = _matrices(module, one, placed, solutions, selection, edits)
     converts = not edits.empty
-    resized = {path: shape for path, shape in (_replace(module, m, converts) for m in matrices.values())}
+    resized = dict(_replace(module, matrix, converts) for matrix in matrices.values())
     if edits.empty:
         return RewrittenModule(one.path, None, None, resized)
     forward = emit(one.trace, edits, [path for path, shape in resized.items() if shape.is_linear])
-    name = names.setdefault(forward.source, f"Compressed{type(module).__name__}{_number(names, module)}")
+    name = names.setdefault(
+        (type(module), forward.source), f"Compressed{type(module).__name__}{_number(names, module)}"
+    )
     install(module, forward, name)
     return RewrittenModule(one.path, name, forward, resized)
 
 
-def _number(names: Mapping[str, str], module: nn.Module) -> str:
+def _number(names: Mapping[tuple[type, str], str], module: nn.Module) -> str:
     base = f"Compressed{type(module).__name__}"
     others = sum(name.rstrip("0123456789") == base for name in names.values())
     return str(others + 1) if others else ""
@@ -112,7 +114,9 @@ def _merged(one: SiteModule, placed: list[Placed], solutions: Mapping[str, Solut
     merged = Selection.everything(count)
     for p in placed:
         own = selection_of(p.footprint.layout, solutions[p.site.id].kept, _labels(one, p), count)
-        merged = Selection(merged.keep & own.keep, torch.where(own.source != torch.arange(count), own.source, merged.source))
+        merged = Selection(
+            merged.keep & own.keep, torch.where(own.source != torch.arange(count), own.source, merged.source)
+        )
     return merged
 
 
@@ -132,7 +136,9 @@ def _matrices(
             weight = weight.T if linear.transposed else weight
             bias = module.get_parameter(linear.bias).detach() if linear.bias else None
             rows, columns = (torch.arange(size) for size in weight.shape)
-            matrices[linear.weight] = _Matrix(linear, weight.clone(), None if bias is None else bias.clone(), rows, columns)
+            matrices[linear.weight] = _Matrix(
+                linear, weight.clone(), None if bias is None else bias.clone(), rows, columns
+            )
         return matrices[linear.weight]
 
     for p in placed:
@@ -142,7 +148,7 @@ def _matrices(
             _select_rows(matrix(linear), layout.members[role], places, sources, solution.maps.get(role))
         for role, linear in p.footprint.outline.consumers.items():
             _select_columns(matrix(linear), layout.members[role], places, sources, solution.refits.get(role))
-    for weight, linear in one.producers.items():
+    for weight in one.producers:
         if weight in matrices:
             first = one.offsets[weight]
             kept = selection.keep[first : first + matrices[weight].weight.shape[0]]

@@ -17,7 +17,8 @@ class Classes:
         first, second = first.reshape(-1), second.reshape(-1)
         chosen = (first >= 0) & (second >= 0) & (first != second)
         if chosen.any():
-            self._pairs.append(torch.stack([first[chosen], second[chosen]]).unique(dim=1))
+            pairs = (first[chosen] * self.count + second[chosen]).unique()
+            self._pairs.append(torch.stack([pairs // self.count, pairs % self.count]))
             self._resolved = None
 
     def resolved(self) -> Tensor:

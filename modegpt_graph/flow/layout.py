@@ -1,6 +1,6 @@
 """The layout of a site: its features as groups × blocks, and which rows and columns of which matrices belong to each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ class Kind:
         return self.positions.shape[2]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Features of a site. G groups (heads that share a matrix) of d features each.
 
@@ -100,22 +100,21 @@ def members_of(fibres: Tensor, carried: Tensor, carriers: Tensor) -> Tensor:
     A block of b features is carried by g·b rows; in ascending order, the first b of them are the first head's.
     Raises LayoutError where a feature is carried by no row or by uneven numbers of them.
     """
-    rows_of: dict[int, list[int]] = {}
-    for index, label in sorted(zip(carriers.tolist(), carried.tolist(), strict=True)):
-        rows_of.setdefault(label, []).append(index)
     groups, size = fibres.shape
     heads = max(len(carriers) // (groups * size), 1)
-    members = torch.empty(groups, heads, size, dtype=torch.long)
-    for group, fibre in enumerate(fibres):
-        places: dict[int, list[int]] = {}
-        for position, label in enumerate(fibre.tolist()):
-            places.setdefault(label, []).append(position)
-        for label, positions in places.items():
-            rows = rows_of.get(label, [])
-            if len(rows) != heads * len(positions):
-                raise LayoutError("a feature is not carried by the same number of rows as the others")
-            members[group][:, positions] = torch.tensor(rows).reshape(heads, len(positions))
-    return members
+    by_index = carriers.argsort()
+    by_label = by_index[carried[by_index].argsort(stable=True)]
+    ranked = carried[by_label].contiguous()
+    first = torch.searchsorted(ranked, fibres.contiguous())  # (G, d)
+    carrying = torch.searchsorted(ranked, fibres.contiguous(), right=True) - first
+    places, order = fibres.sort(dim=1, stable=True)
+    begin = torch.searchsorted(places, places)
+    sizes = torch.empty_like(order).scatter_(1, order, torch.searchsorted(places, places, right=True) - begin)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(size).expand_as(order) - begin)  # within its block
+    if not torch.equal(carrying, heads * sizes):
+        raise LayoutError("a feature is not carried by the same number of rows as the others")
+    head = torch.arange(heads).view(1, heads, 1)
+    return carriers[by_label][first[:, None] + head * sizes[:, None] + rank[:, None]]
 
 
 def build_layout(anchor: Tensor, classes: Classes, carriers: Mapping[str, tuple[Tensor, Tensor]]) -> Layout:
@@ -127,21 +126,15 @@ def build_layout(anchor: Tensor, classes: Classes, carriers: Mapping[str, tuple[
     fibres = unique_fibres(classes.of(anchor))
     if (fibres < 0).any():
         raise LayoutError("some of the features that are consumed come from elsewhere")
-    wanted = set(fibres.reshape(-1).tolist())
     members = {}
     for role, (labels, indices) in carriers.items():
         carried = classes.of(labels)
-        chosen = torch.tensor([label in wanted for label in carried.tolist()], dtype=torch.bool)
+        chosen = torch.isin(carried, fibres)
         members[role] = members_of(fibres, carried[chosen], indices[chosen])
     return Layout(fibres, kinds_of(fibres), members)
 
 
-def rows_to_ranges(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def rows_to_ranges(rows: Tensor) -> tuple[tuple[int, int], ...]:
     """Ascending indices as half-open ranges."""
-    ranges: list[list[int]] = []
-    for row in rows:
-        if ranges and ranges[-1][1] == row:
-            ranges[-1][1] = row + 1
-        else:
-            ranges.append([row, row + 1])
-    return tuple((start, stop) for start, stop in ranges)
+    breaks = (rows.diff() != 1).nonzero().reshape(-1) + 1
+    return tuple((int(part[0]), int(part[-1]) + 1) for part in rows.tensor_split(breaks.tolist()) if len(part))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import nn
 
@@ -122,11 +123,17 @@ def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
     for role, linear in {**sketch.producers, **sketch.consumers}.items():
         rows, _ = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
         if role in sketch.producers and layout is not None:
-            ranges = rows_to_ranges(sorted(layout.members[role].reshape(-1).tolist()))
+            ranges = _ranges_of(layout, role)
         else:
             ranges = ((0, rows),)
         roles[role] = Role(linear.weight, ranges)
     return roles
+
+
+@lru_cache(maxsize=64)
+def _ranges_of(layout: Layout, role: str) -> tuple[tuple[int, int], ...]:
+    """Rows of a role; equal layers share their layout."""
+    return rows_to_ranges(layout.members[role].reshape(-1).sort().values)
 
 
 def _overlap(role: Role, taken: Mapping[str, Sequence[tuple[int, int]]]) -> bool:

@@ -1,11 +1,12 @@
 """The formula language of pattern files: calls, products, sums and names. Parsed, never executed.
 
-    formula := term ("+" term)*      term := factor ("*" factor)*      factor := name | name "(" formula, … ")" | "(" … ")"
+formula := term ("+" term)*      term := factor ("*" factor)*      factor := name | name "(" formula, … ")" | "(" … ")"
 """
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from modegpt_graph.errors import InputError
 
@@ -116,6 +117,7 @@ class _Parser:
         return Apply(token, tuple(arguments))
 
 
+@lru_cache(maxsize=256)
 def parse(text: str) -> Expression:
     """Read a formula. Raises FormulaError with the column where it cannot be read."""
     if len(text) > LONGEST_FORMULA:

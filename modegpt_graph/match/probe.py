@@ -151,8 +151,9 @@ def _find(origin: Tensor, wanted: Tensor, selection: Selection) -> Tensor:
     """Places of the wanted labels; elements without one stay where they are."""
     kept = torch.where(origin >= 0, selection.keep[origin.clamp(min=0)], True)
     places = torch.arange(len(origin))[kept]
-    lookup = {int(label): place for place, label in enumerate(origin.tolist()) if label >= 0}
-    return torch.tensor([lookup.get(int(label), int(place)) for label, place in zip(wanted, places, strict=True)])
+    ranked, order = origin.sort()
+    found = order[torch.searchsorted(ranked, wanted.contiguous()).clamp(max=len(origin) - 1)]
+    return torch.where(wanted >= 0, found, places)
 
 
 def _mixed(value: Tensor, labels: Tensor, footprint: Footprint, mixing: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""A site's influence is the divergence that the rewritten model really has, and ranks follow it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig
+
+from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.evaluate import kl_divergence
+from modegpt_graph.match.decoder import decoder_layers
+from modegpt_graph.match.prepare import read_patterns, survey_model
+from modegpt_graph.models import resolve
+from modegpt_graph.rewrite.apply import rewrite
+from modegpt_graph.rewrite.budget import site_items
+from modegpt_graph.rewrite.influence import influences
+from modegpt_graph.rewrite.ranks import curve_ranks
+from modegpt_graph.rewrite.solve import Recipe, solver
+
+CONFIGS = {
+    "grouped heads, rotary": LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    "learned positions, biases": OPTConfig(
+        vocab_size=50,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+    ),
+    "partial rotary, biases": PhiConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        partial_rotary_factor=0.5,
+    ),
+}
+
+
+def _model(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.8 if parameter.ndim > 1 else 0.1))
+    return model.double()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("scale", ["none", "complex"])
+def test_influence_equals_the_divergence_of_the_rewritten_model(name: str, scale: str) -> None:
+    model = _model(name)
+    tokens = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(0))
+    surveyed = survey_model(resolve(model), read_patterns())
+    modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
+    observed = calibrate(model, modules, layers, tokens)
+    items = {item.id: item for item in site_items(modules)}
+    solutions = {}
+    for one in modules:
+        for placed in one.placed:
+            site = placed.site.id
+            known = solver(placed, model.get_submodule(one.path), observed.statistics[site], Recipe(scale=scale))
+            solutions[site] = known.solution(items[site].nearest(items[site].full_rank / 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = influences(model, modules, layers, solutions, tokens)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(found) == set(solutions)
+    for site, solution in solutions.items():
+        changed = copy.deepcopy(model)
+        rewrite(changed, modules, {site: solution})
+        # kl_divergence leaves out the last position of each window, which `influences` counts.
+        padded = torch.cat([tokens, tokens[:, -1:]], dim=1)
+        expected = kl_divergence(model, changed, padded)
+        assert found[site] == pytest.approx(expected, rel=1e-2, abs=1e-8), site  # both in float32
+
+
+def test_a_site_that_costs_more_keeps_more() -> None:
+    model = _model("grouped heads, rotary")
+    surveyed = survey_model(resolve(model), read_patterns())
+    modules = surveyed.modules()
+    items = [item for item in site_items(modules) if item.id.endswith("mlp")]
+
+    class Straight:
+        def __init__(self, size: int) -> None:
+            self.errors = (1 - torch.arange(size + 1) / size).double().square()
+
+    solvers = {item.id: Straight(item.full_rank) for item in items}
+    weights = {items[0].id: 4.0, items[1].id: 1.0}
+    total = sum(item.removed(0) for item in items)
+    ranks = curve_ranks(items, solvers, weights, total, 0.4)
+    lost = [1 - ranks[item.id] / item.full_rank for item in items]
+    # The optimum of Σ w·x² under Σ x = const has w·x equal everywhere.
+    assert lost[1] == pytest.approx(4 * lost[0], abs=2 / items[0].full_rank * 4)

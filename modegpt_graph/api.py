@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
-from modegpt_graph.allocate.budget import ranks_for_ratios
-from modegpt_graph.allocate.entropic import entropic_ratios, uniform_ratios
 from modegpt_graph.calibrate.observe import Calibrated, calibrate
 from modegpt_graph.calibrate.text import Calibration, calibration_windows, evaluation_windows
 from modegpt_graph.errors import InputError, ModegptError
@@ -24,16 +22,16 @@ from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
 from modegpt_graph.match.sites import Analysis, Site, Unmatched
 from modegpt_graph.models import ModelSource, can_generate, forward_logits, resolve
 from modegpt_graph.progress import NullProgress, Progress
-from modegpt_graph.report.outcome import CompressionOutcome, Ratios, SiteOutcome
+from modegpt_graph.report.measure import measure
+from modegpt_graph.report.outcome import CompressionOutcome
 from modegpt_graph.report.schema import to_json
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
-from modegpt_graph.rewrite.budget import parameter_count, site_items, stored_bytes
-from modegpt_graph.rewrite.solution import Solution, rank_of, shuffled
-from modegpt_graph.rewrite.solve import Recipe, solve
+from modegpt_graph.rewrite.budget import site_items
+from modegpt_graph.rewrite.ranks import ALLOCATORS, curve_ranks, layer_ranks, site_weights
+from modegpt_graph.rewrite.solution import Solution, shuffled
+from modegpt_graph.rewrite.solve import Recipe, Solver, solver
 
 Model = str | Path | nn.Module
-ALLOCATORS = ("block-influence", "uniform")
-TEMPERATURE = 0.15  # of the entropic allocation; better at held-out text than the largest layer ratio of 0.8 gives
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
 
@@ -172,14 +170,27 @@ def compress(
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     with clock("calibrate"):
-        observed = calibrate(dense, modules, decoder_layers(surveyed.trace), text.tokens, progress)
+        layers = decoder_layers(surveyed.trace)
+        observed = calibrate(dense, modules, layers, text.tokens, progress)
     with clock("decompose"):
-        ranks = _ranks(modules, observed, surveyed.survey.analysis, ratio, allocator)
-        solutions = _solve(dense, modules, observed, ranks, progress)
+        solvers = _solvers(dense, modules, observed, progress)
+    items, linear = site_items(modules), surveyed.survey.analysis.model.decoder_linear_parameters
+    with clock("allocate"):
+        if allocator == "curves":
+            weights = site_weights(dense, modules, layers, items, solvers, text.tokens, progress)
+            ranks = curve_ranks(items, solvers, weights, linear, ratio)
+        else:
+            ranks = layer_ranks(allocator, items, observed.importance, linear, ratio)
+    with clock("solve"), progress.stage("solve"):
+        solutions = {
+            item.id: solvers[item.id].solution(ranks[item.id]) for item in items if ranks[item.id] < item.full_rank
+        }
     with clock("rewrite"), progress.stage("rewrite"):
         smaller = copy.deepcopy(dense)
         rewritten = rewrite(smaller, modules, solutions)
-    outcome = _outcome(source, dense, smaller, modules, solutions, surveyed, ratio, allocator, seed, text)
+    outcome = measure(
+        dense, smaller, modules, solutions, linear, ratio=ratio, allocator=allocator, seed=seed, text=text
+    )
     if held_out is not None:
         with clock("evaluate"), progress.stage("evaluate"):
             found = compare(dense, smaller, held_out)
@@ -291,92 +302,21 @@ def _texts(
         return text, None
     chosen = torch.zeros(len(text.tokens), dtype=torch.bool)
     chosen[torch.linspace(0, len(text.tokens) - 1, count).round().long()] = True
-    return replace(text, tokens=text.tokens[~chosen]), text.tokens[chosen]
+    description = f"{text.description}, {count} of them held out for the evaluation"
+    return replace(text, tokens=text.tokens[~chosen], description=description), text.tokens[chosen]
 
 
-def _ranks(
-    modules: tuple[SiteModule, ...], observed: Calibrated, analysis: Analysis, ratio: float, allocator: str
-) -> dict[str, int]:
-    layers = len(observed.importance)
-    if allocator == "uniform":
-        ratios = uniform_ratios(layers, ratio)
-    else:
-        ratios = entropic_ratios(observed.importance, ratio, TEMPERATURE)
-    by_layer = dict(enumerate(ratios.tolist()))
-    return ranks_for_ratios(site_items(modules), by_layer, analysis.model.decoder_linear_parameters, ratio)
-
-
-def _solve(
-    model: nn.Module,
-    modules: tuple[SiteModule, ...],
-    observed: Calibrated,
-    ranks: Mapping[str, int],
-    progress: Progress,
-) -> dict[str, Solution]:
-    solutions = {}
-    with progress.stage("decompose", len(ranks)) as stage:
-        for one in modules:
-            module = model.get_submodule(one.path)
-            for placed in one.placed:
-                rank = ranks[placed.site.id]
-                if rank < placed.footprint.layout.size:
-                    solutions[placed.site.id] = solve(placed, module, observed.statistics[placed.site.id], rank, Recipe())
-                stage.advance()
-    return solutions
-
-
-def _outcome(
-    source: ModelSource,
-    dense: nn.Module,
-    smaller: nn.Module,
-    modules: tuple[SiteModule, ...],
-    solutions: Mapping[str, Solution],
-    surveyed: Surveyed,
-    ratio: float,
-    allocator: str,
-    seed: int,
-    text: Calibration,
-) -> CompressionOutcome:
-    items = {item.id: item for item in site_items(modules)}
-    sites = []
-    for one in modules:
-        for placed in one.placed:
-            layout, item = placed.footprint.layout, items[placed.site.id]
-            solution = solutions.get(placed.site.id)
-            rank = layout.size if solution is None else rank_of(solution.kept, layout)
-            before = item.full_rank * item.parameters_per_rank
-            error = 0.0 if solution is None else solution.relative_error
-            sites.append(SiteOutcome(placed.site.id, rank, layout.size, error, before, before - item.removed(rank)))
-    linear = surveyed.survey.analysis.model.decoder_linear_parameters
-    removed = sum(site.parameters_before - site.parameters_after for site in sites)
-    before, after = parameter_count(dense), parameter_count(smaller)
-    inner = parameter_count(dense, without_embeddings=True)
-    inner_after = parameter_count(smaller, without_embeddings=True)
-    return CompressionOutcome(
-        ratio=ratio,
-        allocator=allocator,
-        seed=seed,
-        calibration=text.description,
-        ratios=Ratios(removed / linear, 1 - inner_after / inner, 1 - after / before),
-        parameters_before=before,
-        parameters_after=after,
-        sites=tuple(sites),
-        fallback_reason=text.fallback_reason,
-        bytes_before=stored_bytes(dense),
-        bytes_after=stored_bytes(smaller),
-        cache_bytes_per_token_before=_cache_bytes(dense),
-        cache_bytes_per_token_after=_cache_bytes(smaller),
-    )
-
-
-def _cache_bytes(model: nn.Module) -> int | None:
-    """Bytes that one more token of one sequence takes in the key/value cache; None for models without one."""
-    if not can_generate(model):
-        return None
-    with torch.no_grad():
-        cache = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
-    tensors = [t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if isinstance(t, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) or None
+def _solvers(
+    model: nn.Module, modules: tuple[SiteModule, ...], observed: Calibrated, progress: Progress
+) -> dict[str, Solver]:
+    placed = [(one.path, placed) for one in modules for placed in one.placed]
+    solvers = {}
+    with progress.stage("decompose", len(placed)) as stage:
+        for path, one in placed:
+            module = model.get_submodule(path)
+            solvers[one.site.id] = solver(one, module, observed.statistics[one.site.id], Recipe())
+            stage.advance()
+    return solvers
 
 
 def _random_tokens(model: nn.Module, example_inputs: tuple[Any, ...] | None, generator: torch.Generator) -> Tensor:

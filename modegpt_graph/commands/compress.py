@@ -14,8 +14,9 @@ CALIBRATION, METHOD = "Calibration", "Method"
 
 
 class Allocator(str, Enum):
-    """How the ratio is spread over the layers."""
+    """How the ratio is spread over the sites."""
 
+    curves = "curves"
     block_influence = "block-influence"
     uniform = "uniform"
 
@@ -59,7 +60,8 @@ def compress(
             "--allocator",
             metavar="NAME",
             rich_help_panel=METHOD,
-            help="How the ratio is spread over the layers: block-influence or uniform.",
+            help="How the ratio is spread over the sites: curves (measured errors, weighed by what they do to the "
+            "logits), block-influence or uniform.",
         ),
     ] = Allocator.block_influence,
     dtype: Annotated[

@@ -16,7 +16,7 @@ Model = Annotated[
 Patterns = Annotated[
     list[Path] | None,
     typer.Option(
-        "--patterns", metavar="FILE|DIR", help="Pattern files to use in place of the built-in ones; repeatable."
+        "--patterns", metavar="FILE|DIR", help="Pattern files, tried before the built-in ones; repeatable."
     ),
 ]
 JsonFile = Annotated[

@@ -27,9 +27,7 @@ def _item(one: SiteModule, placed: Placed) -> Item:
 
 def parameter_count(model: nn.Module, *, without_embeddings: bool = False) -> int:
     """Parameters of a model, tied ones once; without its embedding tables and what is tied to them."""
-    tables = {
-        id(part.weight) for part in model.modules() if without_embeddings and isinstance(part, nn.Embedding)
-    }
+    tables = {id(part.weight) for part in model.modules() if without_embeddings and isinstance(part, nn.Embedding)}
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in tables)
 
 

@@ -1,15 +1,16 @@
-"""A site's statistics and matrices to its solution: which decomposition is called, in whose coordinates."""
+"""From a site's statistics and matrices to its solutions: which decomposition is called, in whose coordinates."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.statistics import ConsumerStatistics, ScoreStatistics, Statistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
+from modegpt_graph.decompose.elimination import eliminate
 from modegpt_graph.decompose.logits import Scale
-from modegpt_graph.decompose.nystrom import Selection, nystrom
+from modegpt_graph.decompose.nystrom import Selection, consumer, nystrom, selection_order
 from modegpt_graph.decompose.refit import refit
 from modegpt_graph.decompose.svd import query_key_svd
 from modegpt_graph.decompose.value_output import value_output_svd
@@ -24,8 +25,8 @@ from modegpt_graph.trace.linear import Linear
 class Recipe:
     """How sites are decomposed.
 
-    selection: how an MLP's features are chosen.   leverage_ridge: of the leverage scores, relative to the mean diagonal.
-    ridge: of every refit, relative to the mean diagonal.   score, scale: how query/key blocks are chosen and scaled.
+    selection: how an MLP's features are chosen.   score, scale: how query/key blocks are chosen and scaled.
+    leverage_ridge, ridge: of the leverage scores and of every refit, relative to the mean diagonal.
     """
 
     selection: Selection = "leverage"
@@ -35,32 +36,48 @@ class Recipe:
     scale: Scale = "none"
 
 
-def solve(placed: Placed, module: nn.Module, statistics: Statistics, rank: int, recipe: Recipe) -> Solution:
-    """The solution of one site at `rank` features a group.
+class Solver(Protocol):
+    """Everything that is known of one site before its rank is: one solver serves every ratio.
+
+    errors: (d + 1,) relative squared error of the pair's output with 0..d features kept.
+    """
+
+    errors: Tensor
+
+    def solution(self, rank: int) -> Solution:
+        """The site's matrices at `rank` features a group."""
+        ...
+
+
+def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Recipe) -> Solver:
+    """The solver that fits a site.
 
     module: the traced module, with its weights.   Raises ModegptError where statistics and site do not fit.
     """
     site, layout = placed.site, placed.footprint.layout
     if isinstance(statistics, ScoreStatistics):
         if site.decomposition == "svd":
-            return _query_key_svd(placed, statistics, rank)
-        return _query_key_columns(placed, statistics, rank, recipe)
+            return ScoreBasis(placed, statistics)
+        return ScoreBlocks(placed, statistics, recipe)
     (role, linear), *others = placed.footprint.outline.consumers.items()
     if others:
         raise ModegptError(f"{site.id}: {1 + len(others)} matrices are to be fitted again; one is supported")
     problem = _consumer_problem(module, linear, layout, role, statistics)
     if site.decomposition == "svd":
-        return _consumer_svd(placed, problem, role, rank, recipe)
-    return _consumer_columns(placed, problem, role, rank, recipe)
+        return ConsumerBasis(placed, problem, recipe)
+    if layout.members[role][..., 0].numel() == 1:
+        return ConsumerColumns(placed, problem, recipe)
+    return ConsumerHeadColumns(placed, problem, recipe)
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """A consumer with its input features in the order (group, head, feature).
 
     gram: (N, N), or (N + 1, N + 1) where there is a bias.   weight: (N, D).
     """
 
+    role: str
     gram: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -68,85 +85,139 @@ class _Problem:
 
 def _consumer_problem(
     module: nn.Module, linear: Linear, layout: Layout, role: str, statistics: ConsumerStatistics
-) -> _Problem:
+) -> Problem:
     weight = module.get_parameter(linear.weight).detach()
     weight = (weight if linear.transposed else weight.T).double()  # (N, D)
     bias = module.get_parameter(linear.bias).detach().double() if linear.bias else None
     order = layout.members[role].flatten()
     last = torch.tensor([weight.shape[0]]) if bias is not None else order[:0]
     rows = torch.cat([order, last])
-    return _Problem(statistics.gram[rows][:, rows], weight[order], bias)
+    return Problem(role, statistics.gram[rows][:, rows], weight[order], bias)
 
 
-def _consumer_svd(placed: Placed, problem: _Problem, role: str, rank: int, recipe: Recipe) -> Solution:
+class ConsumerBasis:
     """Type III: a basis per group, and the consumer fitted again to all of them together."""
-    layout = placed.footprint.layout
-    groups, heads, size = layout.members[role].shape
-    features = groups * heads * size
-    blocks = torch.arange(features).view(groups, heads, size)
-    grams = problem.gram[blocks[..., :, None], blocks[..., None, :]]
-    output = problem.weight.view(groups, heads, size, -1)
-    found = value_output_svd(grams, output, rank)
-    basis = found.basis[:, None].expand(-1, heads, -1, -1).flatten(0, 1)  # (G·g, d, k)
-    prior = found.output.flatten(0, 2)
-    fitted = refit(problem.gram, basis, problem.weight, ridge=recipe.ridge, bias=problem.bias, prior=prior)
-    weight = fitted.weight.view(groups, heads, rank, -1)
-    maps = {role: found.basis[:, None] for role in placed.footprint.outline.producers}
-    return Solution(_first(layout, rank), maps, {role: (weight, fitted.bias)}, fitted.relative_error)
+
+    def __init__(self, placed: Placed, problem: Problem, recipe: Recipe) -> None:
+        self._placed, self._problem, self._recipe = placed, problem, recipe
+        groups, heads, size = placed.footprint.layout.members[problem.role].shape
+        blocks = torch.arange(groups * heads * size).view(groups, heads, size)
+        self._grams = problem.gram[blocks[..., :, None], blocks[..., None, :]]
+        self._output = problem.weight.view(groups, heads, size, -1)
+        self.errors = value_output_svd(self._grams, self._output, size, sweeps=0).errors
+
+    def solution(self, rank: int) -> Solution:
+        """A basis of `rank` directions for every group."""
+        problem = self._problem
+        found = value_output_svd(self._grams, self._output, rank)
+        heads = self._output.shape[1]
+        basis = found.basis[:, None].expand(-1, heads, -1, -1).flatten(0, 1)  # (G·g, d, k)
+        prior = found.output.flatten(0, 2)
+        fitted = refit(problem.gram, basis, problem.weight, ridge=self._recipe.ridge, bias=problem.bias, prior=prior)
+        weight = fitted.weight.view(*self._output.shape[:2], rank, -1)
+        maps = dict.fromkeys(self._placed.footprint.outline.producers, found.basis[:, None])
+        kept = _first(self._placed.footprint.layout, rank)
+        return Solution(kept, maps, {problem.role: (weight, fitted.bias)}, fitted.relative_error)
 
 
-def _consumer_columns(placed: Placed, problem: _Problem, role: str, rank: int, recipe: Recipe) -> Solution:
-    """Type I: features chosen in every group, and the consumer fitted again to those that stay."""
-    layout = placed.footprint.layout
-    groups, heads, size = layout.members[role].shape
-    if groups * heads == 1:
-        found = nystrom(
-            problem.gram,
-            problem.weight,
-            rank,
-            ridge=recipe.ridge,
-            selection=recipe.selection,
-            leverage_ridge=recipe.leverage_ridge,
-            bias=problem.bias,
+class ConsumerColumns:
+    """Type I: features of one group are chosen, and the consumer fitted again to those that stay."""
+
+    def __init__(self, placed: Placed, problem: Problem, recipe: Recipe) -> None:
+        self._problem, self._recipe = problem, recipe
+        order = None
+        if recipe.selection != "surgeon":
+            order = selection_order(
+                problem.gram,
+                problem.weight,
+                recipe.selection,
+                ridge=recipe.ridge,
+                leverage_ridge=recipe.leverage_ridge,
+                bias=problem.bias,
+            )
+        centred = consumer(problem.gram, problem.weight, problem.bias)
+        self._elimination = eliminate(
+            centred.gram, centred.weight, ridge=recipe.ridge, order=order, total=centred.total
         )
+        self.errors = self._elimination.errors
+
+    def solution(self, rank: int) -> Solution:
+        """The `rank` features that are eliminated last."""
+        problem = self._problem
+        kept = self._elimination.kept(rank)
+        found = nystrom(problem.gram, problem.weight, rank, ridge=self._recipe.ridge, bias=problem.bias, kept=kept)
         weight = found.down.view(1, 1, rank, -1)
-        return Solution((found.kept[None],), {}, {role: (weight, found.bias)}, found.relative_error)
-    blocks = torch.arange(groups * heads * size).view(groups, heads, size)
-    energy = problem.gram.diagonal()[: groups * heads * size] * problem.weight.square().sum(1)
-    kept = energy[blocks].sum(1).topk(rank, dim=1).indices.sort(dim=1).values  # (G, k)
-    columns = blocks.gather(2, kept[:, None].expand(-1, heads, -1)).flatten()
-    fitted = refit(problem.gram, columns, problem.weight, ridge=recipe.ridge, bias=problem.bias)
-    weight = fitted.weight.view(groups, heads, rank, -1)
-    return Solution((kept,), {}, {role: (weight, fitted.bias)}, fitted.relative_error)
+        return Solution((kept[None],), {}, {problem.role: (weight, found.bias)}, found.relative_error)
 
 
-def _query_key_svd(placed: Placed, statistics: ScoreStatistics, rank: int) -> Solution:
-    found = query_key_svd(statistics.queries, statistics.keys, rank)
-    query, key = _sides(placed)
-    heads = statistics.queries.shape[1]
-    maps = {query: found.query_map[:, None].expand(-1, heads, -1, -1), key: found.key_map[:, None]}
-    return Solution(_first(placed.footprint.layout, rank), maps, {}, found.relative_error)
+class ConsumerHeadColumns:
+    """Type I with heads: each group keeps the features that carry most into the consumer, which is fitted again."""
+
+    def __init__(self, placed: Placed, problem: Problem, recipe: Recipe) -> None:
+        self._problem, self._recipe = problem, recipe
+        groups, heads, size = placed.footprint.layout.members[problem.role].shape
+        self._blocks = torch.arange(groups * heads * size).view(groups, heads, size)
+        energy = problem.gram.diagonal()[: groups * heads * size] * problem.weight.square().sum(1)
+        scores, self._order = energy[self._blocks].sum(1).sort(dim=1, descending=True)  # (G, d)
+        left = scores.sum() - torch.cat([scores.new_zeros(1), scores.sum(0).cumsum(0)])
+        self.errors = left.clamp_min(0) / scores.sum()
+
+    def solution(self, rank: int) -> Solution:
+        """The `rank` strongest features of every group."""
+        problem, blocks = self._problem, self._blocks
+        kept = self._order[:, :rank].sort(dim=1).values  # (G, k)
+        columns = blocks.gather(2, kept[:, None].expand(-1, blocks.shape[1], -1)).flatten()
+        fitted = refit(problem.gram, columns, problem.weight, ridge=self._recipe.ridge, bias=problem.bias)
+        weight = fitted.weight.view(*blocks.shape[:2], rank, -1)
+        return Solution((kept,), {}, {problem.role: (weight, fitted.bias)}, fitted.relative_error)
 
 
-def _query_key_columns(placed: Placed, statistics: ScoreStatistics, rank: int, recipe: Recipe) -> Solution:
+class ScoreBasis:
+    """Query/key with nothing in between: the SVD of their product."""
+
+    def __init__(self, placed: Placed, statistics: ScoreStatistics) -> None:
+        self._placed, self._statistics = placed, statistics
+        self.errors = query_key_svd(statistics.queries, statistics.keys, statistics.keys.shape[-1]).errors
+
+    def solution(self, rank: int) -> Solution:
+        """The `rank` strongest directions of every group."""
+        found = query_key_svd(self._statistics.queries, self._statistics.keys, rank)
+        query, key = self._placed.footprint.outline.producers
+        heads = self._statistics.queries.shape[1]
+        maps = {query: found.query_map[:, None].expand(-1, heads, -1, -1), key: found.key_map[:, None]}
+        return Solution(_first(self._placed.footprint.layout, rank), maps, {}, found.relative_error)
+
+
+class ScoreBlocks:
     """Type II: whole blocks, the same ones in queries and keys."""
-    layout = placed.footprint.layout
-    order = canonical_order(layout)  # (G, d)
-    queries, keys = in_order(statistics.queries, order), in_order(statistics.keys[:, None], order)[:, 0]
-    blocks = canonical_blocks(layout)
-    counts = block_counts(layout, queries, keys, rank, recipe)
-    found = cr(queries, keys, blocks, counts, score=recipe.score, scale=recipe.scale)
-    kept, first = [], 0
-    for block, kind in zip(blocks, layout.kinds, strict=True):
-        size = block.numel()
-        inside = (found.kept >= first) & (found.kept < first + size)
-        chosen = found.kept[inside].view(layout.groups, -1) - first
-        kept.append(chosen[:, :: kind.block_size] // kind.block_size)
-        first += size
-    maps = {}
-    if found.query_factor is not None:
-        maps[_sides(placed)[0]] = _folded(layout, order, found.kept, found.query_factor)
-    return Solution(tuple(kept), maps, {}, found.relative_error)
+
+    def __init__(self, placed: Placed, statistics: ScoreStatistics, recipe: Recipe) -> None:
+        self._placed, self._recipe = placed, recipe
+        self._layout = layout = placed.footprint.layout
+        self._order = canonical_order(layout)  # (G, d)
+        self._queries = in_order(statistics.queries, self._order)
+        self._keys = in_order(statistics.keys[:, None], self._order)[:, 0]
+        self._blocks = canonical_blocks(layout)
+        self._curve = cr_curve(self._queries, self._keys, self._blocks, score=recipe.score, scale=recipe.scale)
+        self.errors = torch.tensor([self._curve.error_at(rank) for rank in range(layout.size + 1)], dtype=torch.float64)
+
+    def solution(self, rank: int) -> Solution:
+        """Blocks of every kind that make up `rank` features, at least one of each kind."""
+        layout, recipe = self._layout, self._recipe
+        counts = tuple(max(1, count) for count in self._curve.counts_for(rank))
+        found = cr(self._queries, self._keys, self._blocks, counts, score=recipe.score, scale=recipe.scale)
+        kept, first = [], 0
+        for kind in layout.kinds:
+            size = kind.count * kind.block_size
+            inside = (found.kept >= first) & (found.kept < first + size)
+            chosen = found.kept[inside].view(layout.groups, -1) - first
+            kept.append(chosen[:, :: kind.block_size] // kind.block_size)
+            first += size
+        maps = {}
+        if found.query_factor is not None:
+            query = next(iter(self._placed.footprint.outline.producers))
+            maps[query] = _folded(layout, self._order, found.kept, found.query_factor)
+        return Solution(tuple(kept), maps, {}, found.relative_error)
 
 
 def _folded(layout: Layout, order: Tensor, kept: Tensor, factor: Tensor) -> Tensor:
@@ -169,14 +240,6 @@ def _first_places(layout: Layout, kept: Tensor, order: Tensor) -> Tensor:
         found.append(torch.arange(first, first + count))
         first += size
     return torch.cat(found).expand(layout.groups, -1)
-
-
-def block_counts(layout: Layout, queries: Tensor, keys: Tensor, rank: int, recipe: Recipe) -> tuple[int, ...]:
-    """Blocks of every kind that make up `rank` features, at least one of each."""
-    if len(layout.kinds) == 1:
-        return (max(1, rank // layout.kinds[0].block_size),)
-    curve = cr_curve(queries, keys, canonical_blocks(layout), score=recipe.score, scale=recipe.scale)
-    return tuple(max(1, count) for count in curve.counts_for(rank))
 
 
 def canonical_order(layout: Layout) -> Tensor:
@@ -204,10 +267,3 @@ def in_order(grams: Tensor, order: Tensor) -> Tensor:
 
 def _first(layout: Layout, rank: int) -> tuple[Tensor, ...]:
     return (torch.arange(rank).expand(layout.groups, -1),)
-
-
-def _sides(placed: Placed) -> Sequence[str]:
-    """The roles on the query and on the key side, in the order of the operands."""
-    return tuple(placed.footprint.outline.producers)
-
-

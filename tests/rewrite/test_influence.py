@@ -80,7 +80,7 @@ def test_influence_equals_the_divergence_of_the_rewritten_model(name: str, scale
         # kl_divergence leaves out the last position of each window, which `influences` counts.
         padded = torch.cat([tokens, tokens[:, -1:]], dim=1)
         expected = kl_divergence(model, changed, padded)
-        assert found[site] == pytest.approx(expected, rel=1e-2, abs=1e-8), site  # both in float32
+        assert found[site] == pytest.approx(expected, rel=1e-2, abs=1e-7), site  # both in float32
 
 
 def test_a_site_that_costs_more_keeps_more() -> None:

@@ -1,0 +1,135 @@
+"""What a unit of a site's error costs the model: KL divergence of the logits with one site reduced."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.models import forward_logits
+from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.rewrite.solution import Solution, taken
+
+
+def influences(
+    model: nn.Module,
+    modules: Sequence[SiteModule],
+    layers: Sequence[str],
+    solutions: Mapping[str, Solution],
+    tokens: Tensor,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """KL(dense ‖ reduced) in nats per token for every site, reduced alone to its solution.
+
+    The site's effect is folded into weights of the original shapes, and every run starts at the site's own layer, from
+    the dense model's output of the layer before. tokens: (windows, window).
+    """
+    divergences: dict[str, float] = {}
+    with torch.no_grad(), _recorded(model, layers) as outputs:
+        dense = forward_logits(model, tokens).log_softmax(-1)
+        recorded = list(outputs)
+        with (progress or NullProgress()).stage("weigh the sites", len(solutions)) as stage:
+            for one in modules:
+                for placed in one.placed:
+                    if placed.site.id in solutions and placed.site.layer is not None:
+                        with (
+                            _starting_at(model, layers, placed.site.layer, recorded),
+                            _reduced(model.get_submodule(one.path), placed, solutions[placed.site.id]),
+                        ):
+                            logits = forward_logits(model, tokens).log_softmax(-1)
+                        kl = nn.functional.kl_div(logits, dense, reduction="none", log_target=True).sum(-1).mean()
+                        divergences[placed.site.id] = max(float(kl), 0.0)
+                        stage.advance()
+    return divergences
+
+
+@contextmanager
+def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[list[Any]]:
+    """The outputs of the decoder layers of the first pass run within this context."""
+    outputs: list[Any] = []
+
+    def record(module: nn.Module, args: object, output: Any) -> None:
+        if len(outputs) < len(layers):
+            outputs.append(output)
+
+    handles = [model.get_submodule(path).register_forward_hook(record) for path in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _starting_at(model: nn.Module, layers: Sequence[str], first: int, outputs: Sequence[Any]) -> Iterator[None]:
+    """Layers before `first` return what they returned in the recorded pass, without computing it."""
+    skipped = [model.get_submodule(path) for path in layers[:first]]
+    for module, output in zip(skipped, outputs, strict=False):
+        module.forward = lambda *args, output=output, **kwargs: output
+    try:
+        yield
+    finally:
+        for module in skipped:
+            del module.forward
+
+
+@contextmanager
+def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[None]:
+    """Within this context the module computes what it will after the rewrite, with weights of the original shapes."""
+    changed: list[tuple[nn.Parameter, Tensor]] = []
+
+    def change(name: str, transposed: bool, value: Tensor) -> None:
+        parameter = module.get_parameter(name)
+        changed.append((parameter, parameter.data))
+        parameter.data = (value.T if transposed else value).to(parameter.dtype).contiguous()
+
+    footprint, layout = placed.footprint, placed.footprint.layout
+    sources = taken(layout, solution.kept)
+    try:
+        if footprint.outline.consumers:
+            for role, linear in footprint.outline.consumers.items():
+                rows, bias = solution.refits[role]
+                spread = _spread(layout.members[role], sources, solution, rows)  # (N, D)
+                change(linear.weight, linear.transposed, spread.T)
+                if bias is not None and linear.bias is not None:
+                    change(linear.bias, False, bias)
+        else:
+            role, linear = next(iter(footprint.outline.producers.items()))
+            key = tuple(footprint.outline.producers)[1]
+            operator = _operator(layout.members[role].shape[1], sources, solution, role, key, layout.size)
+            members = layout.members[role]
+            for name in filter(None, (linear.weight, linear.bias)):
+                stored = module.get_parameter(name).data
+                rows = (stored.T if linear.transposed and stored.ndim == 2 else stored).clone()
+                own = rows[members].double()
+                rows[members] = torch.einsum("ghde,ghd...->ghe...", operator, own).to(rows.dtype)
+                change(name, linear.transposed and stored.ndim == 2, rows)
+        yield
+    finally:
+        for parameter, data in reversed(changed):
+            parameter.data = data
+
+
+def _spread(members: Tensor, sources: Tensor, solution: Solution, rows: Tensor) -> Tensor:
+    """(N, D) what the smaller consumer does to the original features. members: (G, g, d); rows: (G, g, k, D)."""
+    heads = members.shape[1]
+    full = rows.new_zeros(members.numel(), rows.shape[-1])
+    if solution.maps:
+        basis = next(iter(solution.maps.values()))  # (G, 1, d, k)
+        full[members.flatten()] = (basis @ rows).flatten(0, 2)
+    else:
+        kept = members.gather(2, sources[:, None].expand(-1, heads, -1))
+        full[kept.flatten()] = rows.flatten(0, 2)
+    return full
+
+
+def _operator(heads: int, sources: Tensor, solution: Solution, query: str, key: str, size: int) -> Tensor:
+    """(G, g, d, d) P such that the reduced scores are (Q P) Kᵀ."""
+    groups, count = sources.shape
+    chosen = torch.zeros(groups, 1, size, count, dtype=torch.float64)
+    chosen.scatter_(2, sources[:, None, None], 1.0)
+    left = solution.maps.get(query, chosen)
+    right = solution.maps.get(key, chosen)
+    return (left @ right.mT).expand(-1, heads, -1, -1)

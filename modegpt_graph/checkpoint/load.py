@@ -3,6 +3,7 @@
 No code of the folder is run: its modelling file is for those who do not have this package.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_model
 from torch import nn
 
-from modegpt_graph.checkpoint.modeling import CONFIG_KEY
+from modegpt_graph.checkpoint.modeling import AUTO_CLASS, CONFIG_KEY
 from modegpt_graph.checkpoint.plan import (
     FACTORY,
     PLAN_FILE,
@@ -148,6 +149,8 @@ def _original(folder: Path, plan: Plan, trust_remote_code: bool) -> ModelSource:
             delattr(source.config, entry)
     if trust_remote_code and plan.auto_map:
         source.config.auto_map = dict(plan.auto_map)
+        made = plan.auto_map.get(AUTO_CLASS, "").rpartition(".")[2]
+        source = dataclasses.replace(source, architecture=made or source.architecture)
     source.config._attn_implementation = None
     if source.architecture != plan.architecture:
         raise InputError(

@@ -1,5 +1,6 @@
 """Models that several tests share: the demo model with its real weights, and tiny random ones."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from modegpt_graph.models import ModelSource, resolve
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from fixtures import …`: the models that the rooms share
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def _replace(module: nn.Module, matrix: _Matrix, converts: bool) -> tuple[str, R
     is_linear = type(owner) is nn.Linear or (converts and plain and bool(path))
     shape = Resized(*weight.shape, bias is not None, is_linear)
     if is_linear:
-        new = nn.Linear(shape.in_features, shape.out_features, shape.bias, device=weight.device, dtype=weight.dtype)
+        new = nn.Linear(shape.in_features, shape.out_features, shape.bias, device="meta")  # no random weights are drawn
         new.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             new.bias = nn.Parameter(bias, requires_grad=False)

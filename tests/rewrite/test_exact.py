@@ -1,7 +1,7 @@
 """The error that the report states is the error that one measures: original and rewritten module, calibration inputs.
 
-The measurement knows nothing of the observers: outputs are taken by hooks on the library's own modules, queries and keys
-by an attention function of the library's interface. float64, so that nothing but the mathematics is compared.
+The measurement knows nothing of the observers: outputs are taken by hooks on the library's own modules, queries and
+keys by an attention function of the library's interface. float64, so that nothing but the mathematics is compared.
 """
 
 import copy

@@ -1,8 +1,8 @@
 """A traced module, with edits and observers, as the source of a forward method.
 
-The method has the signature of the module's own. Projections are called as the modules they are, the attention interface
-and the cache are the library's again, sizes that follow batch and length are read from the inputs, and what differs
-between layers of one topology (new sizes, gathered positions, the layer's number) is read from attributes.
+The method has the signature of the module's own. Projections are called as the modules they are, the attention
+interface and the cache are the library's again, sizes that follow batch and length are read from the inputs, and what
+differs between layers of one topology (new sizes, gathered positions, the layer's number) is read from attributes.
 """
 
 import inspect
@@ -111,7 +111,9 @@ class _Writer:
             said = f"{self.inputs[self.main.name]}.size({axis})"
             if said in found.values() and not set(LEADING) & set(parameters):
                 self.leading[name] = said
-        return {size: next((n for n, said in self.leading.items() if said == text), text) for size, text in found.items()}
+        return {
+            size: next((n for n, said in self.leading.items() if said == text), text) for size, text in found.items()
+        }
 
     def _leading_sizes(self) -> list[str]:
         """The statement that reads batch and length, as far as they are used."""
@@ -280,10 +282,8 @@ class _Writer:
                 self.text[node] = name
 
     def _variable(self, node: fx.Node) -> str:
-        if node in self.linears:
-            base = identifier(self.linears[node].weight.split(".")[-2])
-        else:
-            base = identifier(node.name)
+        linear = self.linears.get(node)
+        base = identifier(node.name if linear is None else linear.weight.split(".")[-2])
         taken = {*self.text.values(), *LEADING, *inspect.signature(self.trace.module.forward).parameters}
         name, number = base, 2
         while name in taken:

@@ -69,7 +69,7 @@ def wrapped(line: str, indent: int) -> list[str]:
 
 
 def _longest_group(line: str) -> tuple[int, int] | None:
-    """Places of the outermost brackets that hold the most; only round ones, and square ones where there are no others."""
+    """Places of the outermost brackets that hold the most."""
     opened: int | None = None
     groups: list[tuple[int, int]] = []
     for place, character in _outside(line):

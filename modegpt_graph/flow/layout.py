@@ -1,4 +1,4 @@
-"""The layout of a site: its features as groups × blocks, and which rows and columns of which matrices belong to each."""
+"""The layout of a site: its features as groups × blocks, and which rows and columns of matrices belong to each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

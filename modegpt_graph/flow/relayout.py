@@ -7,6 +7,7 @@ smaller matrix may stand in any order, so nothing is lost.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def source_of(node: fx.Node, starts: Collection[fx.Node]) -> fx.Node | None:
 
 def _replay(chain: Sequence[fx.Node], value: Tensor) -> Tensor:
     known: dict[fx.Node, Any] = {chain[0]: value}
-    for before, node in zip(chain, chain[1:], strict=False):
+    for before, node in pairwise(chain):
         known[node] = known[before] if effect(node) is Effect.SAME else run_on_labels(node, known)
     result = known[chain[-1]]
     if not isinstance(result, Tensor):

@@ -175,15 +175,22 @@ def _bypass_outside(
     region: Sequence[fx.Node], flow: Flow, edits: Edits, selection: Selection, starts: Mapping[fx.Node, Tensor]
 ) -> None:
     """Parts of a shrunk product that nodes outside of the region take keep their features."""
-    inside = set(region)
+    inside = {node for node in region if node in flow.labels or node in edits.bypassed or node in edits.arguments}
     shrunk = {start for start, kept in starts.items() if not kept.all()}
-    queue = [*shrunk, *(node for node in region if effect(node) in (Effect.MOVE, Effect.SAME))]
+    queue = [*shrunk, *(node for node in region if node in flow.labels and effect(node) in (Effect.MOVE, Effect.SAME))]
+    queue += [node for node in edits.bypassed if node not in flow.labels]
     while queue:
         node = queue.pop()
         for user in node.users:
-            if user in inside or user.op != "call_function" or effect(user) not in (Effect.MOVE, Effect.SAME):
+            if user in inside or user.op != "call_function" or effect(user) is Effect.SIZE:
+                continue
+            if effect(user) not in (Effect.MOVE, Effect.SAME):
+                if node in edits.bypassed:
+                    raise ShrinkError(f"`{user.name}` ({operation(user)}) reads features that no longer form a tensor")
                 continue
             if operation(user) == "getitem" and node not in edits.bypassed:
+                continue
+            if isinstance(user.meta.get("val"), Tensor) and 0 in shape_of(user):
                 continue
             if source_of(user, starts) not in shrunk:
                 continue

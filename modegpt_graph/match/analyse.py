@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from torch import nn
-
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout, LayoutError, rows_to_ranges
 from modegpt_graph.match.certify import certify
@@ -16,7 +14,7 @@ from modegpt_graph.match.footprint import Outline, locate, outline
 from modegpt_graph.match.matcher import Match, Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.reasons import decide, refusal
-from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, SiteType, Unmatched
+from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, SiteType
 from modegpt_graph.match.unmatched import explain, is_multiplied
 from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.graph import Graph, normalise
@@ -74,15 +72,16 @@ def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) 
     taken: dict[str, list[tuple[int, int]]] = {}
     located: list[Located] = []
     identities: set[str] = set()
-    uses = _group_by_matrices(graph, matches)
-    for (pattern, *weights), group in uses.items():
-        if not all(weight in matrices for _, weight in weights):
-            continue
-        sketch = outline(graph, group[0])
-        signature = sketch.signature()
-        if signature not in examined:
-            examined[signature] = _examine(sketch)
-        result = examined[signature]
+    sketches = []
+    for key, group in _group_by_matrices(graph, matches).items():
+        if all(weight in matrices for _, weight in key[1:]):
+            sketch = outline(graph, group[0])
+            signature = sketch.signature()
+            if signature not in examined:
+                examined[signature] = _examine(sketch)
+            sketches.append((key, group, sketch, examined[signature]))
+    # A site whose rows are not known claims whole matrices: it comes last, and takes what no other site has.
+    for (pattern, *weights), group, sketch, result in sorted(sketches, key=lambda one: one[3].layout is None):
         reused = {graph.linears[weight][0]: len(graph.linears[weight]) for _, weight in weights}
         if any(count != len(group) for count in reused.values()):
             result = _Examined(
@@ -111,10 +110,16 @@ def _group_by_matrices(graph: Graph, matches: Iterable[Match]) -> dict[tuple, li
 def _examine(sketch: Outline) -> _Examined:
     try:
         footprint = locate(sketch)
+        finding = find_commutant(footprint)
+        certificate, probe = certify(footprint, finding)
     except LayoutError as error:
         return _Examined(None, None, Certificate("structural", None, False), str(error))
-    finding = find_commutant(footprint)
-    certificate, probe = certify(footprint, finding)
+    except (RuntimeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+        # An operation whose arguments are of a form that its rule does not know proves nothing: the site is refused.
+        said = (
+            f"its features could not be followed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        )
+        return _Examined(None, None, Certificate("structural", None, False), said)
     return _Examined(footprint.layout, finding, certificate, probe.obstacle)
 
 

@@ -55,7 +55,7 @@ def find_commutant(footprint: Footprint) -> Finding:
 
 
 def _couplings(nodes: Sequence[fx.Node], footprint: Footprint) -> tuple[str, ...]:
-    """What couples features, by the names of the modules that do: `q` and `k` norms, mean over the 8 features of a head."""
+    """What couples features, by the names of the modules that do it, where these are modules of their own."""
     modules: dict[str, list[str]] = {}
     for node in nodes:
         if effect(node) is Effect.REDUCE:

@@ -213,7 +213,7 @@ def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
         node, _ = queue.pop()
         for user in node.users:
             if user in inside or user in outside or user in flow.labels or not is_data(user):
-                if not (user.op == "output"):
+                if user.op != "output":
                     continue
             elif node not in data_operands(user):
                 continue

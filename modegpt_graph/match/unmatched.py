@@ -15,7 +15,7 @@ _MOST_READERS = 4
 
 
 def is_multiplied(graph: Graph, parameter: str) -> bool:
-    """Whether a parameter is a matrix (or several) that something is multiplied by, not a table, a kernel or a scale."""
+    """Whether a parameter is a matrix (or several) that something is multiplied by: no table, kernel or scale."""
     if parameter in graph.linears:
         return True
     kinds = {effect(node) for node in _readers(_placeholder(graph, parameter)) if operation(node) not in _CONVOLUTIONS}

@@ -14,8 +14,8 @@ from torch.export.graph_signature import InputKind
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.trace.calls import CacheSlot, Call, Slot
 from modegpt_graph.trace.fake import fake_cpu
-from modegpt_graph.trace.operations import Effect, effect
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
+from modegpt_graph.trace.operations import Effect, effect
 
 
 class TraceError(ModegptError):
@@ -94,10 +94,12 @@ def export(module: nn.Module, call: Call) -> Trace:
     """
     recorder = Recorder(module)
     called = _Called(module, call, recorder)
-    shapes = tuple({axis: Dim.AUTO for axis in axes} for axes in call.dynamic)
+    shapes = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in call.dynamic)
     try:
         with opaque_calls(recorder, call.extra), torch.no_grad(), fake_cpu(module, call.tensors) as fake:
-            program = torch.export.export(called, tuple(map(fake, call.tensors)), dynamic_shapes=(shapes,), strict=False)
+            program = torch.export.export(
+                called, tuple(map(fake, call.tensors)), dynamic_shapes=(shapes,), strict=False
+            )
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
     except Exception as error:

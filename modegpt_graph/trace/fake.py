@@ -1,7 +1,7 @@
 """Meta tensors as fake CPU tensors while a module is traced: shapes without storage, constants with their values.
 
-A constant that a module makes on its parameters' device (`x[..., [-2], :]` makes an index tensor) has no value on the meta
-device. On a fake CPU device it has.
+A constant that a module makes on its parameters' device (`x[..., [-2], :]` makes an index tensor) has no value on the
+meta device. On a fake CPU device it has.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,8 @@
-"""The normalised graph: a trace as a networkx graph in which attention, linear maps and data movement look alike everywhere.
+"""The normalised graph: a networkx graph in which attention, linear maps and data movement look alike everywhere.
 
-Casts and copies vanish. Every product with a weight matrix is `linear`. Attention, however it is written, is three nodes:
-`scores` (product over features), `weights` (everything up to and with the softmax) and `mix` (product over positions).
+Casts and copies vanish. Every product with a weight matrix is `linear`. Attention, however it is written, is three
+nodes: `scores` (product over features), `weights` (everything up to and with the softmax) and `mix` (product over
+positions).
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Two operations stay opaque in every trace, the attention interface and the cache update, so that they stay the library's.
+"""Two operations stay opaque in every trace, the attention interface and the cache update: they stay the library's.
 
 While `opaque_calls` is active, the library's attention dispatch hands its arguments to one custom operator, whose node
 keeps what the call said (the module, the scale, the constants, the tensors beside mask and operands). `TracedCache`

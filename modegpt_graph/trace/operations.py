@@ -27,8 +27,9 @@ class Effect(Enum):
 
 
 _TABLE: dict[Effect, str] = {
-    Effect.MOVE: """view _unsafe_view reshape transpose permute t T mT expand expand_as view_as reshape_as slice select split
-        split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten unflatten roll
+    Effect.MOVE: """view _unsafe_view reshape transpose permute t T mT expand expand_as view_as reshape_as slice
+        select split split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten
+        unflatten roll
         flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
         broadcast_to index slice_scatter select_scatter copy""",
     Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as

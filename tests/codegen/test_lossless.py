@@ -16,10 +16,10 @@ from modegpt_graph.codegen.install import install
 from modegpt_graph.trace.calls import record_calls
 from modegpt_graph.trace.export import export
 
-FAMILIES = (
-    "llama opt gemma gemma2 gemma3 phi gpt-neox gpt2 phi3 cohere qwen3 olmo2 olmo-clipped smollm3 bloom falcon-old "
-    "falcon-new gptj mpt glm granite mistral-window gpt-oss deepseek-v3"
-).split()
+FAMILIES = """
+    llama opt gemma gemma2 gemma3 phi gpt-neox gpt2 phi3 cohere qwen3 olmo2 olmo-clipped smollm3 bloom falcon-old
+    falcon-new gptj mpt glm granite mistral-window gpt-oss deepseek-v3
+""".split()  # noqa: SIM905
 WIDEST = 110
 
 
@@ -82,7 +82,10 @@ def test_logits_and_generation_are_the_same(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "phi", "gptj", "cohere", "gpt2"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_explicit_positions_are_honoured(family: str, batch: int) -> None:
-    model, other = build(family, device="cpu"), rewritten(build(family, device="cpu"), written(build(family).to(torch.bfloat16)))
+    model, other = (
+        build(family, device="cpu"),
+        rewritten(build(family, device="cpu"), written(build(family).to(torch.bfloat16))),
+    )
     ids = torch.randint(1, 64, (batch, 5), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(3, 8).expand(batch, -1)
     shifted = logits(model, ids, position_ids=positions)

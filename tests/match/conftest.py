@@ -47,9 +47,7 @@ def library_trace() -> Callable[[str], Trace]:
 
 
 @pytest.fixture(scope="session")
-def library_survey(
-    patterns: tuple[Pattern, ...], library_trace: Callable[[str], Trace]
-) -> Callable[[str], Survey]:
+def library_survey(patterns: tuple[Pattern, ...], library_trace: Callable[[str], Trace]) -> Callable[[str], Survey]:
     """Surveys a tiny model of the transformers library with the patterns of the package."""
 
     @cache

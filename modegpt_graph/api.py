@@ -136,7 +136,7 @@ def compress(
     ratio: float,
     *,
     calibration: str | Path | Tensor = "wikitext2",
-    allocator: str = "block-influence",
+    allocator: str = "curves",
     seed: int = 0,
     patterns: Iterable[str | Path] | None = None,
     example_inputs: tuple[Any, ...] | None = None,

@@ -63,7 +63,7 @@ def compress(
             help="How the ratio is spread over the sites: curves (measured errors, weighed by what they do to the "
             "logits), block-influence or uniform.",
         ),
-    ] = Allocator.block_influence,
+    ] = Allocator.curves,
     dtype: Annotated[
         Dtype,
         typer.Option(

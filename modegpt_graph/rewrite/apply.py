@@ -201,7 +201,7 @@ def _replace(module: nn.Module, matrix: _Matrix, converts: bool) -> tuple[str, R
     owner = module.get_submodule(path)
     plain = {name for name, _ in owner.named_parameters(recurse=False)} <= {"weight", "bias"}
     is_linear = type(owner) is nn.Linear or (converts and plain and bool(path))
-    shape = Resized(*weight.shape, bias is not None, is_linear)
+    shape = Resized(weight.shape[0], weight.shape[1], bias is not None, is_linear)
     if is_linear:
         new = nn.Linear(shape.in_features, shape.out_features, shape.bias, device="meta")  # no random weights are drawn
         new.weight = nn.Parameter(weight, requires_grad=False)

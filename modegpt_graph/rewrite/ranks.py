@@ -15,7 +15,7 @@ from modegpt_graph.rewrite.solve import Solver
 
 ALLOCATORS = ("curves", "block-influence", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives
-PROBE_WINDOWS, PROBE_WINDOW = 2, 192  # tokens that sites are weighed on
+PROBE_WINDOWS, PROBE_WINDOW = 2, 128  # tokens that sites are weighed on
 PROBE_RANK = 0.5  # share of the features that a site keeps while it is weighed
 
 

@@ -1,11 +1,11 @@
 """Compress any decoder language model by modular decomposition, found and certified on its graph.
 
-    import modegpt_graph as mg
+import modegpt_graph as mg
 
-    report = mg.analyze("demo")
-    result = mg.compress("demo", ratio=0.3, calibration="self")
-    result.save("small")
-    model = mg.load("small")
+report = mg.analyze("demo")
+result = mg.compress("demo", ratio=0.3, calibration="self")
+result.save("small")
+model = mg.load("small")
 """
 
 from typing import TYPE_CHECKING, Any

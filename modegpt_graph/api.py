@@ -326,7 +326,7 @@ def _random_tokens(model: nn.Module, example_inputs: tuple[Any, ...] | None, gen
     return torch.randint(0, vocabulary, (2, 24), generator=generator)
 
 
-def _greedy(model: nn.Module, tokens: Tensor, count: int = 16) -> Tensor:
+def _greedy(model: Any, tokens: Tensor, count: int = 16) -> Tensor:
     """The next tokens by greedy generation, with the cache where the model has one; of logits alone where not."""
     with torch.no_grad():
         if can_generate(model):

@@ -92,7 +92,7 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
                 forward = emit(one.trace, observed=observed)
                 restores.append(_restore(module))
                 install(module, forward, f"Observed{type(module).__name__}")
-                module.observe = _dispatch(within)
+                object.__setattr__(module, "observe", _dispatch(within))
         yield
     finally:
         for handle in handles:

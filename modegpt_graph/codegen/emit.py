@@ -21,7 +21,7 @@ from modegpt_graph.trace.calls import CacheSlot
 from modegpt_graph.trace.export import Output, Trace
 from modegpt_graph.trace.linear import Linear, find_linear
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall
-from modegpt_graph.trace.operations import Effect, effect, operation
+from modegpt_graph.trace.operations import Effect, arguments, effect, operation
 
 WIDTH = 96
 LEADING = ("batch", "length")
@@ -137,7 +137,7 @@ class _Writer:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         if operation(node) in ("sym_size", "cache_update"):
-            return [] if operation(node) == "sym_size" else list(node.args[:2])
+            return [] if operation(node) == "sym_size" else list(arguments(node)[:2])
         if node in self.linears:
             return [self.linears[node].source]
         found: list[fx.Node] = []
@@ -226,14 +226,14 @@ class _Writer:
         """An argument; numbers that an edit changed become attributes."""
         if node not in self.edits.arguments:
             return self.write(value, node)
-        old = node.args[number] if number < len(node.args) else None
+        old = arguments(node)[number] if number < len(node.args) else None
         if isinstance(value, int) and not isinstance(value, bool) and value != old:
             return self._attribute(f"size_{node.name}_{number}", value)
         if isinstance(value, (list, tuple)) and not isinstance(old, fx.Node):
-            same_length = isinstance(old, (list, tuple)) and len(old) == len(value)
+            known: list[Any] = list(old) if isinstance(old, (list, tuple)) and len(old) == len(value) else []
             parts = [
                 self._attribute(f"size_{node.name}_{number}_{place}", item)
-                if isinstance(item, int) and not (same_length and old[place] == item)
+                if isinstance(item, int) and not (known and known[place] == item)
                 else self.write(item, node)
                 for place, item in enumerate(value)
             ]
@@ -268,13 +268,18 @@ class _Writer:
             self._attention(node)
         elif effect(node) is Effect.CACHE:
             self._cache(node)
-        elif node.op == "call_function" and operation(node) == "getitem" and self.text[node.args[0]].startswith("\0"):
-            self.text[node] = self.text[node.args[0]][1:].split(", ")[node.args[1]]
+        elif (
+            node.op == "call_function"
+            and operation(node) == "getitem"
+            and self.text[arguments(node)[0]].startswith("\0")
+        ):
+            self.text[node] = self.text[arguments(node)[0]][1:].split(", ")[arguments(node)[1]]
         else:
             text = self.expression(node)
             inline = node.op == "placeholder" or effect(node) is Effect.SIZE
             inline |= uses == 1 and not watched and len(text) < WIDTH // 2 and node not in self.linears
-            if inline or text == self.text.get(node.args[0] if node.args else None):
+            unchanged = bool(node.args) and text == self.text.get(arguments(node)[0])
+            if inline or unchanged:
                 self.text[node] = text
             else:
                 name = self._variable(node)
@@ -291,13 +296,13 @@ class _Writer:
         return name
 
     def _attention(self, node: fx.Node) -> None:
-        said = self.trace.calls[node.args[6]]
+        said = self.trace.calls[arguments(node)[6]]
         assert isinstance(said, AttentionCall)
         module = self._module_expression(said.path)
         fallback = said.fallback
         self.imports["ALL_ATTENTION_FUNCTIONS"] = ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")
         self.imports[fallback.__name__] = (fallback.__module__, fallback.__qualname__)
-        query, key, value, mask, extras, scale = node.args[:6]
+        query, key, value, mask, extras, scale = arguments(node)[:6]
         operands = [self.write(operand, node) for operand in (query, key, value, mask)]
         keywords = {"scaling": literal(scale)}
         keywords |= {name: self.write(extra, node) for name, extra in zip(said.tensors, extras, strict=True)}
@@ -346,11 +351,11 @@ class _Writer:
         return f"self.{_path(path)}" if path else "self"
 
     def _cache(self, node: fx.Node) -> None:
-        said = self.trace.calls[node.args[3]]
+        said = self.trace.calls[arguments(node)[3]]
         assert isinstance(said, CacheCall)
         cache = self._cache_expression()
-        key, value = self.write(node.args[0], node), self.write(node.args[1], node)
-        number = sum(isinstance(call, CacheCall) for call in self.trace.calls[: node.args[3]])
+        key, value = self.write(arguments(node)[0], node), self.write(arguments(node)[1], node)
+        number = sum(isinstance(call, CacheCall) for call in self.trace.calls[: arguments(node)[3]])
         name = "cache_layer" if number == 0 else f"cache_layer_{number + 1}"
         layer = self._attribute(name, said.layer)
         names = ["key_states", "value_states"]
@@ -368,7 +373,7 @@ class _Writer:
         raise EmitError("the cache is not among the arguments of the module")
 
     def _returned(self) -> str:
-        tensors = self.trace.graph.output_node().args[0]
+        (tensors,) = arguments(self.trace.graph.output_node())
 
         def write(leaf: Any) -> str:
             if isinstance(leaf, Output):

@@ -3,7 +3,7 @@
 import keyword
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def literal(value: Any) -> str:
     raise EmitError(f"a constant of type {type(value).__name__} has no Python source")
 
 
-def call(name: str, target: Any, args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def call(name: str, target: Any, args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     """An operation applied to arguments that are written already.
 
     name: plain name of the operation.   raw: the arguments themselves, to tell constants from expressions.
@@ -110,7 +110,7 @@ def call(name: str, target: Any, args: tuple[str, ...], kwargs: Mapping[str, str
     raise EmitError(f"the operation `{name}` cannot be written as Python")
 
 
-def _slice(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+def _slice(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str | None:
     axis = raw[1] if len(raw) > 1 else 0
     start = args[2] if len(args) > 2 and raw[2] not in (None, 0) else ""
     stop = args[3] if len(args) > 3 and raw[3] is not None and raw[3] != _LAST else ""
@@ -121,61 +121,61 @@ def _slice(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...
     return f"{atom(args[0])}[{'..., ' if axis == -1 else ':, ' * axis}{window}]" if axis >= -1 else None
 
 
-def _select(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+def _select(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str | None:
     axis = raw[1]
     if axis < -1:
         return None
     return f"{atom(args[0])}[{'..., ' if axis == -1 else ':, ' * axis}{args[2]}]"
 
 
-def _neg(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _neg(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     return f"-{atom(args[0])}"
 
 
 def _function(path: str) -> Callable[..., str]:
-    def write(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+    def write(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
         return f"{path}({', '.join([*args, *(f'{key}={value}' for key, value in kwargs.items())])})"
 
     return write
 
 
-def _split(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _split(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     axis = args[2] if len(args) > 2 else kwargs.get("dim", "0")
     return f"{atom(args[0])}.split({args[1]}, dim={axis})"
 
 
-def _getitem(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _getitem(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     return f"{atom(args[0])}[{args[1]}]"
 
 
-def _index(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _index(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     inner = args[1].strip("[]").replace("None", ":")
     return f"{atom(args[0])}[{inner}]"
 
 
-def _cast(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+def _cast(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str | None:
     dtype = kwargs.get("dtype", args[1] if len(args) > 1 else None)
     return None if dtype is None else f"{atom(args[0])}.to({dtype})"
 
 
-def _dropout(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str | None:
+def _dropout(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str | None:
     is_training = raw[2] if len(raw) > 2 else True
     return args[0] if is_training is False or raw[1] == 0 else None
 
 
-def _turned(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _turned(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     return f"{atom(args[0])}.T"
 
 
-def _view_permute(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _view_permute(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     return f"{atom(args[0])}.reshape({args[1][1:-1]}).permute({kwargs['order'][1:-1]})"
 
 
-def _same(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _same(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     return args[0]
 
 
-def _layer_norm(args: tuple[str, ...], kwargs: Mapping[str, str], raw: tuple[Any, ...]) -> str:
+def _layer_norm(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     # The operation's last argument chooses a kernel; the function has none such.
     return _function("nn.functional.layer_norm")(args[:5], {}, raw)
 

@@ -1,7 +1,7 @@
 """`compress`: a smaller model in a folder."""
 
 import shlex
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from modegpt_graph.commands.runtime import messages, quieten, results, write_jso
 CALIBRATION, METHOD = "Calibration", "Method"
 
 
-class Allocator(str, Enum):
+class Allocator(StrEnum):
     """How the ratio is spread over the sites."""
 
     curves = "curves"
@@ -21,7 +21,7 @@ class Allocator(str, Enum):
     uniform = "uniform"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """Number format the model is run and saved in; decompositions are float64 in any case."""
 
     float32 = "float32"
@@ -129,6 +129,7 @@ def compress(
     if html_file is not None:
         write_text(html_file, to_html(report.analysis, report.outcome))
     console = results(json_file)
+    assert report.outcome is not None
     render_outcome(report.analysis, report.outcome, console)
     console.print()
     reasons = f"modegpt-graph explain {shlex.quote(str(out))}"

@@ -15,9 +15,7 @@ Model = Annotated[
 ]
 Patterns = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--patterns", metavar="FILE|DIR", help="Pattern files, tried before the built-in ones; repeatable."
-    ),
+    typer.Option("--patterns", metavar="FILE|DIR", help="Pattern files, tried before the built-in ones; repeatable."),
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.")

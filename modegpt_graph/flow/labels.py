@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from modegpt_graph.flow.classes import Classes
-from modegpt_graph.trace.operations import Effect, data_operands, effect, operation
+from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
 
 Labels = Tensor | tuple[Tensor, ...]
 
@@ -34,7 +34,7 @@ class Flow:
     unknown: list[fx.Node] = field(default_factory=list)
 
 
-def hint(value: object) -> object:
+def hint(value: Any) -> Any:
     """The example size behind a symbolic size; other values as they are."""
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
@@ -68,7 +68,7 @@ def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = N
     args, kwargs = (node.args if args is None else args), (node.kwargs if kwargs is None else kwargs)
     filled = pytree.tree_map(fill, (tuple(args), dict(kwargs)), is_leaf=lambda v: isinstance(v, fx.Node))
     # Labels are laid out in memory as they come; a view that the traced strides allow is a reshape here.
-    target = torch.ops.aten.reshape.default if operation(node) in ("view", "_unsafe_view") else node.target
+    target: Any = torch.ops.aten.reshape.default if operation(node) in ("view", "_unsafe_view") else node.target
     result = target(*filled[0], **filled[1])
     return tuple(result) if isinstance(result, (list, tuple)) else result
 
@@ -76,7 +76,7 @@ def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = N
 def constant_of(node: fx.Node) -> Tensor | None:
     """The value of a node that is a tensor made while tracing."""
     while effect(node) is Effect.SAME:
-        node = node.args[0]
+        node = arguments(node)[0]
     return node.meta.get("constant")
 
 
@@ -101,15 +101,15 @@ def _step(node: fx.Node, flow: Flow) -> None:
     if not operands or effect(node) is Effect.SIZE:
         return
     rule = _RULES.get(effect(node), _unknown)
-    result = rule(node, operands, flow)
+    result: Labels | None = rule(node, operands, flow)
     parts = result if isinstance(result, tuple) else () if result is None else (result,)
-    if any((part >= 0).any() for part in parts):
+    if result is not None and any((part >= 0).any() for part in parts):
         flow.labels[node] = result
 
 
 def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
     if operation(node) in ("constant_pad_nd", "pad"):
-        return run_on_labels(node, flow.labels, (*node.args[:2], -1), {})
+        return run_on_labels(node, flow.labels, (*arguments(node)[:2], -1), {})
     return run_on_labels(node, flow.labels)
 
 
@@ -126,7 +126,8 @@ def _elementwise(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labe
     """Sums and products: operands with features meet; one without scales or shifts each feature, or all alike."""
     name = operation(node)
     shape = shape_of(node)
-    meeting = [torch.broadcast_to(flow.labels[operand], shape) for operand in operands]
+    carried = [flow.labels[operand] for operand in operands]
+    meeting = [torch.broadcast_to(labels, shape) for labels in carried if isinstance(labels, Tensor)]
     result = meeting[0].clone()
     for other in meeting[1:]:
         flow.classes.join(result, other)
@@ -161,7 +162,7 @@ def _is_zero(node: fx.Node) -> bool:
 
 def _scales(node: fx.Node, operand: fx.Node) -> bool:
     """Whether a product multiplies its operand (x * a, a * x, x / a) rather than divides by it."""
-    return operation(node).startswith("mul") or node.args[0] is operand
+    return operation(node).startswith("mul") or arguments(node)[0] is operand
 
 
 def _per_feature(side: fx.Node, labels: Tensor) -> bool:
@@ -175,13 +176,13 @@ def reduced_axes(node: fx.Node, ndim: int) -> tuple[int, ...]:
     """Axes that a reduction sums over."""
     name = operation(node)
     if "layer_norm" in name or name == "rms_norm":
-        normalized = node.args[1]
+        normalized = arguments(node)[1]
         return tuple(range(ndim - len(normalized), ndim))
     if name == "group_norm":
         return tuple(range(1, ndim))
-    axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    axes: Any = arguments(node)[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if name == "linalg_vector_norm":
-        axes = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        axes = arguments(node)[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if axes is None or isinstance(axes, bool):
         return tuple(range(ndim))
     axes = [axes] if isinstance(axes, int) else list(axes)
@@ -234,7 +235,9 @@ def _real(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
 
 def _product_sum(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | None:
     """A · B: features that are summed over meet their partners; features on free axes pass on."""
-    left, right = (node.args[1], node.args[2]) if operation(node) in ("addmm", "baddbmm") else node.args[:2]
+    left, right = (
+        (arguments(node)[1], arguments(node)[2]) if operation(node) in ("addmm", "baddbmm") else arguments(node)[:2]
+    )
     left_labels, right_labels = flow.labels.get(left), flow.labels.get(right)
     shape = shape_of(node)
     if (
@@ -273,7 +276,7 @@ def _contract(node: fx.Node, left: Labels | None, right: Labels | None, flow: Fl
 
 
 def _attention(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | None:
-    query, key, value = (flow.labels.get(operand) for operand in node.args[:3])
+    query, key, value = (flow.labels.get(operand) for operand in arguments(node)[:3])
     if isinstance(query, Tensor) and isinstance(key, Tensor):
         partners = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         flow.classes.join(query[:, :, 0], partners[:, :, 0])
@@ -288,7 +291,7 @@ def _attention(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels
 
 def _cache(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
     result = []
-    for operand, example in zip(node.args[:2], node.meta["val"], strict=True):
+    for operand, example in zip(arguments(node)[:2], node.meta["val"], strict=True):
         labels = flow.labels.get(operand)
         shape = tuple(int(hint(size)) for size in example.shape)
         if isinstance(labels, Tensor):

@@ -5,7 +5,7 @@ the edit is accepted only where running it on the labels gives just that; operan
 feature axis (cos and sin tables, scales) are gathered at the positions that the kept features came from.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import Flow, Labels, hint, run_on_labels, shape_of
 from modegpt_graph.flow.relayout import RelayoutError, relayout, source_of, view_permute
-from modegpt_graph.trace.operations import Effect, effect, operation
+from modegpt_graph.trace.operations import Effect, arguments, effect, operation
 
 
 class ShrinkError(ModegptError):
@@ -160,7 +160,9 @@ def _bypass(node: fx.Node, flow: Flow, edits: Edits, selection: Selection, start
         return
     if node in flow.labels:
         edits.labels[node] = _select_all(node, flow.labels[node], selection)
-        moved = edits.labels[source][..., found.index].reshape([int(hint(size)) for size in found.sizes])
+        start = edits.labels[source]
+        assert isinstance(start, Tensor)
+        moved = start[..., found.index].reshape([int(hint(size)) for size in found.sizes])
         moved = moved if found.order is None else moved.permute(found.order)
         if not _equal(moved, edits.labels[node]):
             raise ShrinkError(f"`{node.name}` ({operation(node)}) cannot be rewritten for fewer features")
@@ -249,7 +251,8 @@ def _equal(found: Any, expected: Labels) -> bool:
 def _candidates(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> Iterator[tuple[Any, tuple, dict]]:
     """Ways to say a data movement again, the unchanged one first."""
     yield node.target, node.args, dict(node.kwargs)
-    name, args, kwargs = operation(node), list(node.args), dict(node.kwargs)
+    name, args = operation(node), arguments(node)
+    kwargs: dict[str, Any] = dict(node.kwargs)
     expected = edits.labels[node]
     if isinstance(expected, Tensor) and len(args) > 1 and isinstance(args[1], (list, tuple)):
         old = shape_of(node)
@@ -263,12 +266,13 @@ def _candidates(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -
     if not isinstance(source, Tensor):
         return
     if name == "slice" and len(args) >= 4:
-        axis, start, stop = args[1], args[2] or 0, args[3]
-        counts = _kept_before(source, axis, selection)
-        stop_mapped = stop if stop is None or stop >= source.shape[axis] else counts(stop)
-        yield node.target, (args[0], axis, counts(start), stop_mapped, *args[4:]), kwargs
+        along: Any = args[1]
+        start, stop = args[2] or 0, args[3]
+        counts = _kept_before(source, along, selection)
+        stop_mapped = stop if stop is None or stop >= source.shape[along] else counts(stop)
+        yield node.target, (args[0], along, counts(start), stop_mapped, *args[4:]), kwargs
     if name in ("split", "split_with_sizes", "chunk", "tensor_split") and isinstance(expected, tuple):
-        axis = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+        axis: int = args[2] if len(args) > 2 else kwargs.get("dim", 0)
         sizes = [int(part.shape[axis]) for part in expected]
         yield torch.ops.aten.split_with_sizes.default, (args[0], sizes, axis), {}
     if name == "roll" and len(args) > 2:
@@ -278,7 +282,7 @@ def _candidates(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -
         yield node.target, (args[0], [counts(shift % size)], args[2]), kwargs
 
 
-def _kept_before(labels: Tensor, axis: int, selection: Selection):
+def _kept_before(labels: Tensor, axis: int, selection: Selection) -> Callable[[int], int]:
     """Function from a position along `axis` to the number of kept elements before it."""
     lines = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[:1]
     kept = torch.where(lines >= 0, selection.keep[lines.clamp(min=0)], True)[0]
@@ -293,7 +297,8 @@ def _kept_before(labels: Tensor, axis: int, selection: Selection):
 
 def _gather_sides(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> None:
     labels, smaller = flow.labels[node], edits.labels[node]
-    assert isinstance(labels, Tensor) and isinstance(smaller, Tensor)
+    assert isinstance(labels, Tensor)
+    assert isinstance(smaller, Tensor)
     _, shrunk = select(labels, selection)
     axes = [shrunk] if shrunk is not None else [a for a in range(labels.ndim) if labels.shape[a] > 1]
     for axis in axes:
@@ -324,8 +329,8 @@ def _gather_side(node: fx.Node, side: fx.Node, axis: int, labels: Tensor, smalle
 
 def _keep_scale(node: fx.Node, flow: Flow, edits: Edits) -> None:
     """Attention keeps the scale of the original head dimension."""
-    if operation(node) != "scaled_dot_product_attention" or node.args[0] not in flow.labels:
+    if operation(node) != "scaled_dot_product_attention" or arguments(node)[0] not in flow.labels:
         return
     if node.kwargs.get("scale") is None:
-        scale = float(shape_of(node.args[0])[-1]) ** -0.5
+        scale = float(shape_of(arguments(node)[0])[-1]) ** -0.5
         edits.arguments[node] = (node.target, node.args, {**node.kwargs, "scale": scale})

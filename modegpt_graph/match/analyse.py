@@ -1,6 +1,5 @@
 """From a traced model to its sites: every pattern matched, every site certified, every other matrix explained."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +8,7 @@ from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout, LayoutError, rows_to_ranges
 from modegpt_graph.match.certify import certify
 from modegpt_graph.match.commutant import Finding, find_commutant
-from modegpt_graph.match.decoder import decoder_matrices
+from modegpt_graph.match.decoder import common_path, decoder_matrices
 from modegpt_graph.match.footprint import Outline, locate, outline
 from modegpt_graph.match.matcher import Match, Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
@@ -102,7 +101,7 @@ def _group_by_matrices(graph: Graph, matches: Iterable[Match]) -> dict[tuple, li
     """Matches of one pattern on the same matrices are one site, used more than once."""
     groups: dict[tuple, list[Match]] = {}
     for match in matches:
-        weights = tuple((role, graph.linear(key).weight) for role, key in match.linears.items())
+        weights = tuple((role, linear.weight) for role, key in match.linears.items() if (linear := graph.linear(key)))
         groups.setdefault((match.pattern.name, *weights), []).append(match)
     return groups
 
@@ -127,11 +126,8 @@ def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
     roles = {}
     for role, linear in {**sketch.producers, **sketch.consumers}.items():
         rows, _ = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
-        if role in sketch.producers and layout is not None:
-            ranges = _ranges_of(layout, role)
-        else:
-            ranges = ((0, rows),)
-        roles[role] = Role(linear.weight, ranges)
+        selected = role in sketch.producers and layout is not None
+        roles[role] = Role(linear.weight, _ranges_of(layout, role) if selected else ((0, rows),))
     return roles
 
 
@@ -151,8 +147,7 @@ def _overlap(role: Role, taken: Mapping[str, Sequence[tuple[int, int]]]) -> bool
 
 def _identity(pattern: str, roles: Mapping[str, Role], identities: set[str]) -> str:
     """Module path and pattern; a number where that is not unique."""
-    path = os.path.commonprefix([role.parameter.split(".")[:-1] for role in roles.values()])
-    base = f"{'.'.join(path)}:{pattern}"
+    base = f"{common_path(role.parameter for role in roles.values())}:{pattern}"
     identity, number = base, 2
     while identity in identities:
         identity, number = f"{base}-{number}", number + 1

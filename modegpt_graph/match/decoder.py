@@ -1,5 +1,8 @@
 """Which parameters are decoder-layer weight matrices, told by how the modules are nested."""
 
+from collections.abc import Iterable
+from itertools import takewhile
+
 from torch import nn
 
 from modegpt_graph.trace.export import Trace
@@ -24,21 +27,17 @@ def decoder_matrices(trace: Trace) -> dict[str, int]:
     """
     used = set(trace.state.values())
     model = trace.module
-    matrices = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name in used
-    }
+    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name in used}
     places = {name: layer_of(model, name) for name in matrices}
     if not any(places.values()):
         inner = [name for name in matrices if not _touches_vocabulary(trace, name)]
         return dict.fromkeys(inner, 0)
     numbers: dict[tuple[str, int], int] = {}
-    return {
-        name: numbers.setdefault(place, len(numbers)) for name, place in places.items() if place is not None
-    }
+    return {name: numbers.setdefault(place, len(numbers)) for name, place in places.items() if place is not None}
 
 
 def decoder_layers(trace: Trace) -> tuple[str, ...]:
-    """Paths of the modules that are decoder layers, by layer number; the model itself where it has no list of layers."""
+    """Paths of the decoder layers, by layer number; the model itself where it has no list of layers."""
     paths: dict[int, str] = {}
     for name, layer in decoder_matrices(trace).items():
         place = layer_of(trace.module, name)
@@ -52,3 +51,9 @@ def _touches_vocabulary(trace: Trace, name: str) -> bool:
     node = next(node for node in trace.graph.nodes if node.name == placeholder)
     outputs = set(trace.graph.output_node().all_input_nodes)
     return any(str(user.target).startswith("aten.embedding") or user in outputs for user in node.users)
+
+
+def common_path(parameters: Iterable[str]) -> str:
+    """Path of the smallest module that holds the modules of all these parameters."""
+    owners = [parameter.split(".")[:-2] for parameter in parameters]
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +12,7 @@ from modegpt_graph.flow.layout import Layout, LayoutError, build_layout
 from modegpt_graph.match.matcher import Match
 from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.linear import Linear
-from modegpt_graph.trace.operations import Effect, data_operands, effect, is_data, operation
+from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, is_data, operation
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Outline:
         """What two outlines share exactly when the same things stand between matrices of the same shapes."""
         places: dict[fx.Node, object] = {}
 
-        def place(node: fx.Node) -> object:
+        def place(node: fx.Node) -> Any:
             if node not in places:
                 value = node.meta.get("val")
                 places[node] = (len(places), str(getattr(value, "shape", None)), str(getattr(value, "dtype", None)))
@@ -46,7 +47,7 @@ class Outline:
             for role, linear in [*self.producers.items(), *self.consumers.items()]
         )
         nodes = tuple(
-            (str(node.target), str(fx.map_arg((_telling(node), node.kwargs), place)), place(node))
+            (str(node.target), str(fx.map_arg(cast(Any, (_telling(node), node.kwargs)), place)), place(node))
             for node in self.region
         )
         ends = tuple(place(node) for node in (*self.operands, self.end))
@@ -75,7 +76,7 @@ class Footprint:
 
 def _telling(node: fx.Node) -> tuple[object, ...]:
     """A node's arguments, without the number of the call that an opaque node stands for."""
-    return node.args[:-1] if operation(node) in ("attention", "cache_update") else node.args
+    return tuple(arguments(node)[:-1] if operation(node) in ("attention", "cache_update") else arguments(node))
 
 
 def starts_of(linears: Sequence[Linear]) -> tuple[dict[fx.Node, Tensor], dict[str, int], int]:
@@ -144,9 +145,10 @@ def _linear(graph: Graph, key: str) -> Linear:
 
 
 def _score_operands(end: fx.Node) -> tuple[fx.Node, ...]:
-    args = end.args[1:] if operation(end) == "baddbmm" else end.args
+    args = arguments(end)[1:] if operation(end) == "baddbmm" else end.args
     query, key = args[0], args[1]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
     return query, key
 
 
@@ -184,7 +186,7 @@ def _anchor(found: Outline, flow: Flow) -> Tensor:
             labels = labels.transpose(-1, -2)
     elif "mix" in match.operations:
         mix = graph.traced(match.operations["mix"])
-        labels = _labels_at(mix.args[2] if effect(mix) is Effect.ATTENTION else mix.args[1], flow)
+        labels = _labels_at(arguments(mix)[2] if effect(mix) is Effect.ATTENTION else arguments(mix)[1], flow)
     else:
         return _labels_at(operands[0], flow).reshape(-1, shape_of(operands[0])[-1])[:1]
     labels = labels.narrow(-2, 0, 1).squeeze(-2)

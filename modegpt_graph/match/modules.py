@@ -1,6 +1,5 @@
-"""The sites of a model, found again in the smallest modules that hold them, where they can be observed and rewritten."""
+"""The sites of a model, found again in the smallest modules that hold them, to be observed and rewritten there."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import Flow, follow
 from modegpt_graph.flow.layout import LayoutError
 from modegpt_graph.match.analyse import Survey
+from modegpt_graph.match.decoder import common_path
 from modegpt_graph.match.footprint import Footprint, locate, outline, starts_of
 from modegpt_graph.match.matcher import Matcher
 from modegpt_graph.match.patterns import Pattern
@@ -62,7 +62,9 @@ def site_modules(
         if one.site.decomposition is not None:
             groups.setdefault(_module_of(one.site), []).append(one.site)
     calls = record_calls(skeleton, groups, example_inputs)
-    outer = survey.located[0].outline.graph if survey.located else None
+    if not groups:
+        return ()
+    outer = survey.located[0].outline.graph
     known: dict[object, SiteModule] = {}
     modules = []
     for path, sites in groups.items():
@@ -75,8 +77,7 @@ def site_modules(
 
 
 def _module_of(site: Site) -> str:
-    paths = [role.parameter.split(".")[:-2] for role in site.roles.values()]
-    return ".".join(os.path.commonprefix(paths))
+    return common_path(role.parameter for role in site.roles.values())
 
 
 def _relative(path: str, site: Site) -> tuple[object, ...]:
@@ -123,7 +124,7 @@ def _trace_module(
     found: dict[object, Footprint] = {}
     for pattern in patterns:
         for match in matcher.find(pattern)[0]:
-            weights = {role: graph.linear(key).weight for role, key in match.linears.items()}
+            weights = {role: linear.weight for role, key in match.linears.items() if (linear := graph.linear(key))}
             try:
                 footprint = locate(outline(graph, match))
             except LayoutError:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def survey_model(source: ModelSource, patterns: Sequence[Pattern], progress: Pro
     """
     progress = progress or NullProgress()
     with progress.stage("trace the model"):
-        skeleton = source.skeleton().to(torch.bfloat16)
+        skeleton: Any = source.skeleton().to(torch.bfloat16)
         if source.config is not None:
             skeleton.config._attn_implementation = "eager"
         trace = export(skeleton, _call(skeleton, source.example_inputs))

@@ -70,10 +70,13 @@ def probe_selection(footprint: Footprint, seed: int = 0) -> Probe:
         return Probe(None, _one_line(error))
     worst = 0.0
     for operand in footprint.outline.operands:
-        labels, (_, axis) = footprint.flow.labels[operand], select(footprint.flow.labels[operand], selection)
+        labels, after = footprint.flow.labels[operand], edits.labels[operand]
+        assert isinstance(labels, Tensor)
+        assert isinstance(after, Tensor)
+        _, axis = select(labels, selection)
         expected = values[operand]
         if axis is not None:
-            expected = torch.take_along_dim(expected, origins(labels, edits.labels[operand], axis), axis)
+            expected = torch.take_along_dim(expected, origins(labels, after, axis), axis)
         worst = max(worst, _deviation(expected, smaller[operand]))
     return Probe(worst, None)
 
@@ -94,8 +97,10 @@ def probe_mixing(footprint: Footprint, seed: int = 0) -> Probe:
         return Probe(None, _one_line(error))
     worst = 0.0
     for operand in footprint.outline.operands:
-        before = _by_label(values[operand], footprint.flow.labels[operand])
-        after = _by_label(smaller[operand], edits.labels[operand])
+        old, new = footprint.flow.labels[operand], edits.labels[operand]
+        assert isinstance(old, Tensor)
+        assert isinstance(new, Tensor)
+        before, after = _by_label(values[operand], old), _by_label(smaller[operand], new)
         for members in labels.values():
             for group in range(layout.groups):
                 for head in members[group]:
@@ -138,9 +143,10 @@ def _run_both(
     values = _run(footprint.outline.region, inputs, Edits())
     fewer = dict(inputs)
     for node, labels in starts.items():
-        value = inputs[node] if mixing is None else _mixed(inputs[node], labels, footprint, mixing)
         kept = edits.labels[node]
         assert isinstance(kept, Tensor)
+        assert isinstance(labels, Tensor)
+        value = inputs[node] if mixing is None else _mixed(inputs[node], labels, footprint, mixing)
         origin = labels.reshape(-1, labels.shape[-1])[0]
         wanted = kept.reshape(-1, kept.shape[-1])[0]
         fewer[node] = value[..., _find(origin, wanted, selection)]

@@ -21,7 +21,7 @@ class Role:
 class Certificate:
     """Whether the commutation assumption of a site holds, and how that is known.
 
-    method: `structural` (every operation is in the table of effects), `probed` (run in float64 on random inputs), `both`.
+    method: `structural` (every operation is in the table), `probed` (run in float64 on random inputs), or `both`.
     max_error: largest deviation of the probe, relative to the largest output; None where no probe could be run.
     """
 

@@ -48,7 +48,7 @@ class Call:
         """Where each tensor stands among the arguments: (path, index into `tensors`)."""
         leaves, _ = pytree.tree_flatten_with_path(dict(self.arguments), is_leaf=_is_leaf)
         return [
-            (tuple(key.key if hasattr(key, "key") else key.idx for key in path), leaf.index)
+            (tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path), leaf.index)
             for path, leaf in leaves
             if isinstance(leaf, Slot)
         ]

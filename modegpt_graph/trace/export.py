@@ -112,10 +112,10 @@ def export(module: nn.Module, call: Call) -> Trace:
         if spec.kind is InputKind.USER_INPUT:
             inputs[name] = len(inputs)
         elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            path = spec.target.removeprefix("module.")
+            path = str(spec.target).removeprefix("module.")
             state[name] = names.get(path, path)
         else:
-            constants[name] = program.constants[spec.target]
+            constants[name] = program.constants[str(spec.target)]
     for node in program.graph.nodes:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]

@@ -1,6 +1,7 @@
 """The table of operations: what each does along the feature axis. An operation that is not here proves nothing."""
 
 from enum import Enum, auto
+from typing import Any
 
 from torch import fx
 
@@ -84,6 +85,11 @@ def data_operands(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(arguments, lambda operand: found.append(operand))
     return found
+
+
+def arguments(node: fx.Node) -> list[Any]:
+    """Positional arguments of a node. torch.fx types them as a union wider than any operation's own signature."""
+    return list(node.args)
 
 
 def is_data(node: fx.Node) -> bool:

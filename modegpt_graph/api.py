@@ -127,7 +127,7 @@ def analyze(
     patterns: further pattern files or folders, tried before the built-in ones.
     Raises InputError where there is no such model.
     """
-    source = resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
+    source = _original(model, example_inputs, trust_remote_code)
     return Report(survey_model(source, read_patterns(patterns), progress).survey.analysis)
 
 
@@ -157,7 +157,7 @@ def compress(
     if allocator not in ALLOCATORS:
         raise InputError(f"unknown allocator {allocator!r}; known: {', '.join(ALLOCATORS)}")
     progress, clock = progress or NullProgress(), _Clock()
-    source = resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
+    source = _original(model, example_inputs, trust_remote_code)
     with clock("load"), progress.stage("load the model"):
         dense, tokenizer = source.load(getattr(torch, dtype)), source.tokenizer()
     with clock("tokens"), progress.stage("read the calibration text"):
@@ -227,7 +227,7 @@ def verify(
     Real weights where there are some; random ones, at most two layers deep, for a bare configuration.
     """
     progress = progress or NullProgress()
-    source = resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
+    source = _original(model, example_inputs, trust_remote_code)
     with progress.stage("load the model"):
         original = source.load() if source.has_weights else source.random(seed, 2)
     inner = resolve(original, example_inputs=source.example_inputs)
@@ -270,6 +270,13 @@ def evaluate(
         value = perplexity(model, tokens)
     name = "token ids" if isinstance(text, Tensor) else str(text)
     return Evaluation(value, tokens.shape[0], tokens.shape[1], name)
+
+
+def _original(model: Model, example_inputs: tuple[Any, ...] | None, trust_remote_code: bool) -> ModelSource:
+    """Where a model comes from. Raises InputError for a folder that holds a compressed one."""
+    if not isinstance(model, nn.Module) and checkpoint.is_compressed(Path(model)):
+        raise InputError(f"{model} is a compressed model already; give the original one (`explain` shows its report)")
+    return resolve(model, trust_remote_code=trust_remote_code, example_inputs=example_inputs)
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
     restores: list[Callable[[], None]] = []
     try:
         for one in modules:
-            module = model.get_submodule(one.path)
+            module: Any = model.get_submodule(one.path)
             own = {placed.site.id: collector(placed.footprint) for placed in one.placed}
             collectors |= own
             within: dict[str, Collector] = {}

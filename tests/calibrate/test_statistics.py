@@ -7,13 +7,11 @@ import torch
 from fixtures.families import shrunk
 
 from modegpt_graph.calibrate.statistics import (
-    ConsumerStatistics,
     Gram,
     OverflowedActivations,
     ScoreCollector,
     ScoreStatistics,
     collector,
-    head_grams,
 )
 from modegpt_graph.errors import ModegptError
 
@@ -90,12 +88,3 @@ def test_a_site_whose_queries_never_came_is_an_error() -> None:
     found = next(c for _, c in collectors("llama") if isinstance(c, ScoreCollector))
     with pytest.raises(ModegptError, match="layer 0: no query was seen"):
         found.statistics("layer 0")
-
-
-def test_grams_of_heads_are_the_diagonal_blocks() -> None:
-    placed = next(p for p, _ in collectors("llama") if "output" in p.site.roles)
-    rows = random(20, 33)
-    statistics = ConsumerStatistics(rows.T @ rows)
-    found = head_grams(statistics.gram, placed.footprint.layout, "output")  # (G, g, d, d)
-    features = rows[:, :32].view(20, 2, 2, 8)
-    assert torch.allclose(found, torch.einsum("tghi,tghj->ghij", features, features))

@@ -8,7 +8,6 @@ from torch import Tensor, fx
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import shape_of
-from modegpt_graph.flow.layout import Layout
 from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.trace.operations import Effect, effect
 
@@ -161,9 +160,3 @@ def _check(sums: Tensor, site: str, rows: int) -> None:
             f"{site}: the Gram matrix has {bad:,} non-finite entries after {rows:,} tokens; "
             "the model overflows on this text; try --dtype float32"
         )
-
-
-def head_grams(gram: Tensor, layout: Layout, role: str) -> Tensor:
-    """(G, g, d, d) diagonal blocks of a consumer's Gram matrix, one per head."""
-    members = layout.members[role]  # (G, g, d)
-    return gram[members[..., :, None], members[..., None, :]]

@@ -48,13 +48,6 @@ def rank_of(kept: Sequence[Tensor], layout: Layout) -> int:
     return sum(chosen.shape[1] * kind.block_size for chosen, kind in zip(kept, layout.kinds, strict=True))
 
 
-def counts_for(layout: Layout, rank: int) -> tuple[int, ...]:
-    """Blocks of each kind that make up about `rank` features, in proportion to what there is of each kind."""
-    share = rank / layout.size
-    counts = [min(kind.count, max(1, round(kind.count * share))) for kind in layout.kinds]
-    return tuple(counts)
-
-
 def shuffled(layout: Layout, generator: torch.Generator) -> Solution:
     """Every feature kept, in random order: a rewrite that must change nothing."""
     kept = tuple(

@@ -11,9 +11,9 @@ model = mg.load("small")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modegpt_graph.api import Evaluation, Proof, Report, Result, analyze, compress, evaluate, load, verify
+    from modegpt_graph.api import Proof, Report, Result, analyze, compress, load, verify
 
-__all__ = ["Evaluation", "Proof", "Report", "Result", "analyze", "compress", "evaluate", "load", "verify"]
+__all__ = ["Proof", "Report", "Result", "analyze", "compress", "load", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """From a site's statistics and matrices to its solutions: which decomposition is called, in whose coordinates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -204,7 +205,7 @@ class ScoreBlocks:
     def solution(self, rank: int) -> Solution:
         """Blocks of every kind that make up `rank` features, at least one of each kind."""
         layout, recipe = self._layout, self._recipe
-        counts = tuple(max(1, count) for count in self._curve.counts_for(rank))
+        counts = exact_counts(layout, self._curve.counts_for(rank), rank)
         found = cr(self._queries, self._keys, self._blocks, counts, score=recipe.score, scale=recipe.scale)
         kept, first = [], 0
         for kind in layout.kinds:
@@ -240,6 +241,17 @@ def _first_places(layout: Layout, kept: Tensor, order: Tensor) -> Tensor:
         found.append(torch.arange(first, first + count))
         first += size
     return torch.cat(found).expand(layout.groups, -1)
+
+
+def exact_counts(layout: Layout, counts: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Counts of blocks near the given ones that make up `rank` features, at least one of each kind."""
+    sizes, available = [kind.block_size for kind in layout.kinds], [kind.count for kind in layout.kinds]
+    exact = [max(1, count) for count in counts]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        missing = rank - sum(count * size for count, size in zip(exact, sizes, strict=True))
+        steps = int(missing / sizes[index])  # towards zero
+        exact[index] = min(max(exact[index] + steps, 1), available[index])
+    return tuple(exact)
 
 
 def canonical_order(layout: Layout) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +20,13 @@ from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
 from modegpt_graph.match.sites import Analysis, Site, Unmatched
+from modegpt_graph.methods.common import Setting
+from modegpt_graph.methods.matrices import matrix_sizes
+from modegpt_graph.methods.names import METHODS
+from modegpt_graph.methods.race import race
 from modegpt_graph.models import ModelSource, can_generate, forward_logits, resolve
 from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.report.compare import Comparison
 from modegpt_graph.report.measure import measure
 from modegpt_graph.report.outcome import CompressionOutcome
 from modegpt_graph.report.schema import to_json
@@ -268,8 +273,71 @@ def evaluate(
     tokens = evaluation_windows(text, tokenizer, window, windows)
     with progress.stage("evaluate"):
         value = perplexity(model, tokens)
-    name = "token ids" if isinstance(text, Tensor) else str(text)
-    return Evaluation(value, tokens.shape[0], tokens.shape[1], name)
+    return Evaluation(value, tokens.shape[0], tokens.shape[1], _name_of(text))
+
+
+def compare_methods(
+    model: Model,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    *,
+    calibration: str | Path | Tensor = "wikitext2",
+    text: str | Path | Tensor | None = None,
+    window: int = 2048,
+    windows: int | None = None,
+    seed: int = 0,
+    example_inputs: tuple[Any, ...] | None = None,
+    calibration_windows: int = 32,
+    calibration_window: int = 1024,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Perplexity of every method at every ratio: one calibration, one evaluation, one count of parameters.
+
+    text: what is measured on, as for `evaluate`; windows held out of the calibration text where None.
+    A method that needs what this model lacks has a reason in place of its figure. Raises InputError as `compress`.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise InputError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+    progress, clock = progress or NullProgress(), _Clock()
+    source = _original(model, example_inputs, trust_remote_code)
+    with clock("load"), progress.stage("load the model"):
+        dense, tokenizer = source.load(), source.tokenizer()
+    with clock("tokens"), progress.stage("read the texts"):
+        read, held_out = _texts(
+            calibration, tokenizer, dense, calibration_windows, calibration_window, seed, text is None
+        )
+        tokens = held_out if text is None else evaluation_windows(text, tokenizer, window, windows)
+    if tokens is None:
+        raise InputError("nothing to measure perplexity on: give token ids or a text (--text) of its own")
+    if read.fallback_reason:
+        progress.note(f"calibrating on text that the model samples itself: {read.fallback_reason}")
+    with clock("analyze"):
+        surveyed = survey_model(source, read_patterns(), progress)
+        modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
+    with clock("calibrate"):
+        observed = calibrate(dense, modules, layers, read.tokens, progress)
+    with clock("dense"), progress.stage("measure the dense model"):
+        dense_perplexity = perplexity(dense, tokens)
+    sizes = matrix_sizes(surveyed.trace)
+    setting = Setting(dense, surveyed, modules, layers, sizes, read.tokens, observed, seed, progress)
+    entries = race(setting, methods, ratios, lambda smaller: perplexity(smaller, tokens))
+    name = "the calibration text, held out of it" if text is None else _name_of(text)
+    return Comparison(
+        model=surveyed.survey.analysis.model,
+        calibration=read.description,
+        evaluation=f"{tokens.shape[0]} windows of {tokens.shape[1]:,} tokens of {name}",
+        seed=seed,
+        perplexity_dense=dense_perplexity,
+        entries=entries,
+        fallback_reason=read.fallback_reason,
+        seconds=clock.seconds,
+    )
+
+
+def _name_of(text: str | Path | Tensor) -> str:
+    return "token ids" if isinstance(text, Tensor) else str(text)
 
 
 def _original(model: Model, example_inputs: tuple[Any, ...] | None, trust_remote_code: bool) -> ModelSource:

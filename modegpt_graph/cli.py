@@ -9,6 +9,7 @@ import typer
 
 from modegpt_graph.commands import runtime
 from modegpt_graph.commands.analyze import analyze
+from modegpt_graph.commands.compare import compare
 from modegpt_graph.commands.compress import compress
 from modegpt_graph.commands.evaluate import evaluate
 from modegpt_graph.commands.explain import explain
@@ -31,6 +32,7 @@ for name, command in (
     ("compress", compress),
     ("verify", verify),
     ("eval", evaluate),
+    ("compare", compare),
     ("explain", explain),
 ):
     app.command(name, epilog=EXIT_CODES)(command)

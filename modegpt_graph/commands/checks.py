@@ -10,11 +10,11 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 STANDARD_OUTPUT = Path("-")
 
 
-def ratio(value: float) -> None:
+def ratio(value: float, option: str = "--ratio") -> None:
     """In (0, 0.95]; not a number is outside."""
     if not 0 < value <= HIGHEST_RATIO:
         advice = f"; did you mean {value / 100:g}?" if 5 <= value <= 100 * HIGHEST_RATIO else "; 0.3 removes 30 %"
-        raise InputError(f"--ratio {value:g} is outside (0, {HIGHEST_RATIO}]{advice}")
+        raise InputError(f"{option} {value:g} is outside (0, {HIGHEST_RATIO}]{advice}")
 
 
 def at_least(option: str, value: int | None, least: int) -> None:

@@ -1,0 +1,51 @@
+"""What every method is given, and what it gives back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from modegpt_graph.calibrate.observe import Calibrated
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.prepare import Surveyed
+from modegpt_graph.progress import Progress
+
+
+class Unavailable(ModegptError):
+    """A method needs what this model's graph lacks; the message says what."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One dense model, analysed and calibrated once for all methods.
+
+    modules: its sites in their modules.   layers: paths of its decoder layers.   sizes: decoder-layer matrix → its
+    parameters; their sum is what every ratio is of.   tokens: (windows, window) of the calibration text.
+    """
+
+    dense: nn.Module
+    surveyed: Surveyed
+    modules: tuple[SiteModule, ...]
+    layers: tuple[str, ...]
+    sizes: Mapping[str, int]
+    tokens: Tensor
+    observed: Calibrated
+    seed: int
+    progress: Progress
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """A model to be measured. removed: decoder-layer matrix parameters that went, less those of adapters that came."""
+
+    model: nn.Module
+    removed: int
+
+
+Pass = Callable[[float], Smaller]
+"""A method that is ready: from the ratio asked for to a model. Raises ModegptError where it cannot be met."""

@@ -66,7 +66,7 @@ def test_the_python_example_runs(tiny_folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_every_pattern_shown_is_one_that_is_read(tmp_path: Path) -> None:
-    from modegpt_graph.match.patterns import load_patterns
+    from modegpt_graph.match.pattern_file import load_patterns
 
     for number, block in enumerate(blocks("toml")):
         (tmp_path / f"{number}.toml").write_text(block)

@@ -26,7 +26,7 @@ def list_patterns() -> None:
     modegpt-graph patterns list
     """
     quieten()
-    from modegpt_graph.match.patterns import load_pattern
+    from modegpt_graph.match.pattern_file import load_pattern
 
     directory = patterns_directory()
     console = results()
@@ -55,7 +55,7 @@ def check(
         raise InputError(f"{file} is a folder; name one pattern file in it")
     checks.pattern_sources([file], option="pattern file")
     quieten()
-    from modegpt_graph.match.patterns import load_pattern
+    from modegpt_graph.match.pattern_file import load_pattern
 
     pattern = load_pattern(file)
     console = results()

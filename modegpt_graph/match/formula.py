@@ -5,8 +5,9 @@ formula := term ("+" term)*      term := factor ("*" factor)*      factor := nam
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeGuard
 
 from modegpt_graph.errors import InputError
 
@@ -24,9 +25,10 @@ class FormulaError(InputError):
 
 @dataclass(frozen=True)
 class Name:
-    """A variable (`x`), or `_` for anything."""
+    """A variable (`x`), or `_` for anything; `column` (from 1) is where it stands."""
 
     name: str
+    column: int = field(default=1, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -34,10 +36,11 @@ class Name:
 
 @dataclass(frozen=True)
 class Apply:
-    """A role or an operation applied to arguments."""
+    """A role or an operation applied to arguments; `column` (from 1) is where its name stands."""
 
     name: str
     arguments: tuple["Expression", ...]
+    column: int = field(default=1, compare=False)
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.arguments))})"
@@ -72,6 +75,10 @@ def _tokens(text: str) -> list[tuple[str, int]]:
     return found
 
 
+def _is_same(part: "Expression", operator: str) -> TypeGuard[Combine]:
+    return isinstance(part, Combine) and part.operator == operator
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text, self.tokens, self.index = text, _tokens(text), 0
@@ -79,12 +86,16 @@ class _Parser:
     def peek(self) -> str | None:
         return self.tokens[self.index][0] if self.index < len(self.tokens) else None
 
+    def shown(self) -> str:
+        token = self.peek()
+        return "the end" if token is None else f"`{token}`"
+
     def column(self) -> int:
         return self.tokens[self.index][1] if self.index < len(self.tokens) else len(self.text) + 1
 
     def take(self, expected: str) -> None:
         if self.peek() != expected:
-            raise FormulaError(f"expected {expected!r}, found {self.peek() or 'the end'!r}", self.column())
+            raise FormulaError(f"expected `{expected}`, found {self.shown()}", self.column())
         self.index += 1
 
     def combined(self, operator: str, depth: int) -> Expression:
@@ -94,7 +105,11 @@ class _Parser:
         while self.peek() == operator:
             self.index += 1
             parts.append(self.combined("*", depth) if operator == "+" else self.factor(depth))
-        return parts[0] if len(parts) == 1 else Combine(operator, tuple(parts))
+        if len(parts) == 1:
+            return parts[0]
+        # Brackets within a product of products mean nothing: the graph's own brackets are not the formula's.
+        flat = [one for part in parts for one in (part.parts if _is_same(part, operator) else (part,))]
+        return Combine(operator, tuple(flat))
 
     def factor(self, depth: int) -> Expression:
         token, column = self.peek(), self.column()
@@ -104,34 +119,38 @@ class _Parser:
             self.take(")")
             return inner
         if token is None or not (token[0].isalpha() or token[0] == "_"):
-            raise FormulaError(f"expected a name, found {token or 'the end'!r}", column)
+            raise FormulaError(f"expected a name, found {self.shown()}", column)
         self.index += 1
         if self.peek() != "(":
-            return Name(token)
+            return Name(token, column)
         self.index += 1
         arguments = [self.combined("+", depth + 1)]
         while self.peek() == ",":
             self.index += 1
             arguments.append(self.combined("+", depth + 1))
         self.take(")")
-        return Apply(token, tuple(arguments))
+        return Apply(token, tuple(arguments), column)
 
 
 @lru_cache(maxsize=256)
 def parse(text: str) -> Expression:
     """Read a formula. Raises FormulaError with the column where it cannot be read."""
     if len(text) > LONGEST_FORMULA:
-        raise FormulaError(f"longer than {LONGEST_FORMULA} characters", LONGEST_FORMULA + 1)
+        raise FormulaError(f"a formula longer than {LONGEST_FORMULA} characters", LONGEST_FORMULA + 1)
     parser = _Parser(text)
     expression = parser.combined("+", 0)
     if parser.peek() is not None:
-        raise FormulaError(f"unexpected {parser.peek()!r}", parser.column())
+        raise FormulaError(f"unexpected {parser.shown()}", parser.column())
     return expression
+
+
+def parts_of(expression: Expression) -> Iterator[Expression]:
+    """An expression and everything in it, outermost first."""
+    yield expression
+    for part in getattr(expression, "arguments", getattr(expression, "parts", ())):
+        yield from parts_of(part)
 
 
 def applications(expression: Expression) -> Iterator[Apply]:
     """Every application in an expression, outermost first."""
-    if isinstance(expression, Apply):
-        yield expression
-    for part in getattr(expression, "arguments", getattr(expression, "parts", ())):
-        yield from applications(part)
+    return (part for part in parts_of(expression) if isinstance(part, Apply))

@@ -1,29 +1,43 @@
-"""Pattern files: one TOML file, one kind of pair. Data, checked before anything is matched."""
+"""Patterns: what kind of pair is looked for, and what is done with it. Data, checked before anything is matched."""
 
 import difflib
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from modegpt_graph.errors import InputError
-from modegpt_graph.match.formula import Apply, Expression, FormulaError, applications, parse
+from modegpt_graph.match.formula import Apply, Expression, FormulaError, Name, parse, parts_of
 
 RoleKind = Literal["linear", "elementwise", "chain"]
+MethodName = Literal["nystrom", "cr", "svd"]
 OPERATIONS = {"scores": 2, "weights": 1, "mix": 2}
-LARGEST_FILE = 64 * 1024
+MOST_FORMS = 16
+
+
+class PatternError(FormulaError):
+    """A pattern that contradicts itself.
+
+    key: path of the key that is wrong.   column: place in its formula (from 1), 0 where it is none.
+    """
+
+    def __init__(self, message: str, key: tuple[str, ...], column: int = 0) -> None:
+        super().__init__(message, column)
+        self.key = key
 
 
 class Decomposition(BaseModel):
-    """What is done with a pair: the roles whose rows are selected, the roles fitted again, and how."""
+    """What is done with a pair: the roles whose rows are selected, the role fitted again, and how.
+
+    The method is a claim about what stands in between: `svd` that any mixing of features passes through, `nystrom` that
+    each feature can be dropped alone, `cr` that blocks of them can. `otherwise` is used where the first claim is
+    refuted. The claims are checked at every site.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     select: tuple[str, ...] = Field(min_length=1)
-    refit: tuple[str, ...] = ()
-    method: Literal["nystrom", "cr", "svd"]
+    refit: tuple[str, ...] = Field(default=(), max_length=1)
+    method: MethodName
+    otherwise: MethodName | None = None
 
 
 class Pattern(BaseModel):
@@ -38,118 +52,115 @@ class Pattern(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,63}$")]
     formula: str | None = None
-    variants: Mapping[str, str] = Field(default_factory=dict)
+    variants: Mapping[str, str] = Field(default_factory=dict, max_length=MOST_FORMS)
     paper_type: Literal["I", "II", "III"] | None = None
     roles: Mapping[str, RoleKind]
     decomposition: Decomposition
 
+    def texts(self) -> dict[str, str]:
+        """Variant name → formula as written."""
+        return dict(self.variants) if self.formula is None else {"plain": self.formula, **self.variants}
+
     def forms(self) -> dict[str, Expression]:
         """Variant name → parsed formula."""
-        texts = dict(self.variants) if self.formula is None else {"plain": self.formula, **self.variants}
-        return {name: parse(text) for name, text in texts.items()}
+        return {name: parse(text) for name, text in self.texts().items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Pattern":
         if self.formula is None and not self.variants:
-            raise ValueError("a pattern needs a `formula` or `variants`")
+            raise PatternError("a pattern needs a `formula` or `variants`", ("name",))
+        if self.formula is not None and "plain" in self.variants:
+            raise PatternError(
+                "`plain` is the name of `formula` itself; give this variant another", ("variants", "plain")
+            )
+        for role in self.roles:
+            if role in OPERATIONS:
+                raise PatternError(f"`{role}` is an operation; give this role another name", ("roles", role))
         used: set[str] = set()
-        for form in self.forms().values():
-            for application in applications(form):
-                used.add(application.name)
-                _check_application(application, self.roles)
+        for name, text in self.texts().items():
+            key = ("formula",) if name == "plain" else ("variants", name)
+            try:
+                used |= self._check_form(parse(text), key)
+            except PatternError:
+                raise
+            except FormulaError as error:
+                raise PatternError(str(error), key, error.column) from error
         for role in self.roles:
             if role not in used:
-                raise ValueError(f"role `{role}` is never used in the formula")
-        for role in (*self.decomposition.select, *self.decomposition.refit):
-            if self.roles.get(role) != "linear":
-                raise ValueError(f"decomposition names `{role}`, which is no `linear` role{_suggest(role, self.roles)}")
+                raise PatternError(f"role `{shown(role)}` is never used in the formula", ("roles", role))
+        self._check_decomposition()
         return self
 
+    def _check_form(self, form: Expression, key: tuple[str, ...]) -> set[str]:
+        """Names that a form applies. Raises PatternError where it cannot be matched."""
+        names: set[str] = set()
+        for part in parts_of(form):
+            if isinstance(part, Apply):
+                names.add(part.name)
+                self._check_application(part, key)
+            elif isinstance(part, Name) and (part.name in self.roles or part.name in OPERATIONS):
+                kind = "a role" if part.name in self.roles else "an operation"
+                raise PatternError(f"`{part.name}` is {kind}: say what of, as in `{part.name}(x)`", key, part.column)
+        outermost = form.name if isinstance(form, Apply) else None
+        if outermost is None or self.roles.get(outermost, "linear") != "linear":
+            raise PatternError("a formula starts with a `linear` role or an operation, as in `down(…)`", key, 1)
+        missing = [role for role in self._touched() if self.roles.get(role) == "linear" and role not in names]
+        if missing:
+            raise PatternError(f"decomposition names `{missing[0]}`, which is not in this formula", key, 1)
+        if not self.decomposition.refit and "scores" not in names:
+            raise PatternError(
+                "nothing is fitted again: name the matrix that reads the features in `refit`",
+                ("decomposition", "refit"),
+            )
+        return names
 
-def _check_application(application: Apply, roles: Mapping[str, RoleKind]) -> None:
-    name, count = application.name, len(application.arguments)
-    if name not in roles and name not in OPERATIONS:
-        raise ValueError(f"`{name}` is neither a role nor an operation{_suggest(name, [*roles, *OPERATIONS])}")
-    expected = 1 if name in roles else OPERATIONS[name]
-    if count != expected:
-        raise ValueError(f"`{name}` takes {expected} argument{'s' * (expected > 1)}, not {count}")
+    def _touched(self) -> tuple[str, ...]:
+        return self.decomposition.select + self.decomposition.refit
 
+    def _check_application(self, part: Apply, key: tuple[str, ...]) -> None:
+        name, count = part.name, len(part.arguments)
+        if name not in self.roles and name not in OPERATIONS:
+            known = suggestion(name, [*self.roles, *OPERATIONS]) or "; operations: " + ", ".join(
+                f"`{one}`" for one in OPERATIONS
+            )
+            raise PatternError(f"`{shown(name)}` is neither a role nor an operation{known}", key, part.column)
+        expected = 1 if name in self.roles else OPERATIONS[name]
+        if count != expected:
+            raise PatternError(
+                f"`{shown(name)}` takes {expected} argument{'s' * (expected > 1)}, not {count}", key, part.column
+            )
 
-def _suggest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean `{close[0]}`?" if close else ""
-
-
-def _line(text: str, key: str) -> int:
-    """Line of the first mention of a key."""
-    return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip().strip("[]").startswith(key)), 1)
-
-
-def _unreadable(data: Mapping[str, object]) -> str:
-    """Key of the first formula that cannot be read."""
-    variants = data.get("variants")
-    texts = {"formula": data.get("formula"), **(variants if isinstance(variants, dict) else {})}
-    for key, text in texts.items():
-        try:
-            parse(str(text or "_"))
-        except FormulaError:
-            return key
-    return "formula"
-
-
-def _blamed(text: str, message: str) -> int:
-    """Line of the word that a message is about: where it is a key, else where it is first mentioned."""
-    word = re.search(r"`(\w[\w-]*)`", message)
-    if word is None:
-        return 1
-    lines = list(enumerate(text.splitlines(), 1))
-    key, mention = re.compile(rf"\s*{word[1]}\s*="), re.compile(rf"\b{word[1]}\b")
-    keys = [number for number, line in lines if key.match(line)]
-    mentions = [number for number, line in lines if mention.search(line) and not line.lstrip().startswith("#")]
-    calls = [number for number, line in lines if re.search(rf"\b{word[1]}\s*\(", line)] if "takes" in message else []
-    return (calls or keys or mentions or [1])[0]
-
-
-def load_pattern(path: Path) -> Pattern:
-    """Read one pattern file. Raises InputError that names file, line and what is wrong."""
-    try:
-        raw = path.read_bytes()
-        if len(raw) > LARGEST_FILE:
-            raise InputError(f"{path}: larger than {LARGEST_FILE} bytes; a pattern file is a few lines")
-        text = raw.decode()
-        data = tomllib.loads(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from error
-    try:
-        return Pattern.model_validate(data)
-    except FormulaError as error:
-        raise InputError(f"{path}:{_line(text, _unreadable(data))}:{error.column}: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "formula"]
-        known = [*Pattern.model_fields, *Decomposition.model_fields]
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key `{where[-1]}`{_suggest(where[-1], known)}"
-        else:
-            message = first["msg"].removeprefix("Value error, ")
-            message = f"`{'.'.join(where)}`: {message}" if where else message
-        raise InputError(f"{path}:{_line(text, where[-1]) if where else _blamed(text, message)}: {message}") from error
+    def _check_decomposition(self) -> None:
+        decomposition = self.decomposition
+        for field in ("select", "refit"):
+            names = getattr(decomposition, field)
+            for role in names:
+                if self.roles.get(role) != "linear":
+                    linear = [name for name, kind in self.roles.items() if kind == "linear"]
+                    what = f"`{shown(role)}`, which is no `linear` role{suggestion(role, linear)}"
+                    raise PatternError(f"`{field}` names {what}", ("decomposition", field))
+            if len(set(names)) != len(names):
+                raise PatternError(f"`{field}` names a role twice", ("decomposition", field))
+        both = [role for role in decomposition.select if role in decomposition.refit]
+        if both:
+            raise PatternError(f"`{both[0]}` is both selected and fitted again", ("decomposition", "refit"))
+        if decomposition.method == "cr" and decomposition.refit:
+            raise PatternError(
+                "`cr` fits nothing again: leave out `refit`, or use `nystrom`", ("decomposition", "method")
+            )
+        if decomposition.method == "nystrom" and not decomposition.refit:
+            raise PatternError("`nystrom` fits a matrix again: name it in `refit`", ("decomposition", "method"))
+        if not decomposition.refit and len(decomposition.select) != 2:
+            raise PatternError("`select` names the two sides of `scores`", ("decomposition", "select"))
 
 
-def load_patterns(paths: Iterable[Path]) -> tuple[Pattern, ...]:
-    """Read pattern files; a folder stands for its `*.toml` files in alphabetical order.
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, or nothing where no known word is near."""
+    close = difflib.get_close_matches(word[:64], list(known), n=1)
+    return f"; did you mean `{shown(close[0])}`?" if close else ""
 
-    Raises InputError where two patterns have one name.
-    """
-    files: list[Path] = []
-    for path in paths:
-        files += sorted(path.glob("*.toml")) if path.is_dir() else [path]
-    patterns: dict[str, Pattern] = {}
-    for file in files:
-        pattern = load_pattern(file)
-        if pattern.name in patterns:
-            raise InputError(f"{file}: a pattern named `{pattern.name}` was read already; give this one another name")
-        patterns[pattern.name] = pattern
-    return tuple(patterns.values())
+
+def shown(word: str) -> str:
+    """A word of a stranger's file as it may stand in a message: short, printable, in one line."""
+    printable = word if word.isprintable() else ascii(word)[1:-1]
+    return printable if len(printable) <= 64 else f"{printable[:60]}…"

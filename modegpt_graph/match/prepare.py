@@ -11,7 +11,8 @@ from torch import nn
 from modegpt_graph.data import patterns_directory
 from modegpt_graph.match.analyse import Survey, survey
 from modegpt_graph.match.modules import SiteModule, site_modules
-from modegpt_graph.match.patterns import Pattern, load_patterns
+from modegpt_graph.match.pattern_file import load_patterns
+from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.models import ModelSource
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.trace.calls import accepted_keywords

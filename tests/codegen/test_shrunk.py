@@ -14,7 +14,7 @@ from modegpt_graph.codegen.install import install
 from modegpt_graph.flow.shrink import Selection, shrink
 from modegpt_graph.match.footprint import Footprint, locate, outline
 from modegpt_graph.match.matcher import Matcher
-from modegpt_graph.match.patterns import load_patterns
+from modegpt_graph.match.pattern_file import load_patterns
 from modegpt_graph.match.probe import random_blocks, selection_of
 from modegpt_graph.trace.calls import record_calls
 from modegpt_graph.trace.export import Trace, export

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from modegpt_graph.match.analyse import Survey, survey
-from modegpt_graph.match.patterns import Pattern, load_patterns
+from modegpt_graph.match.pattern_file import load_patterns
+from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.trace.export import Trace, export, whole_model_call
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `from fixtures import …`: the models that these rooms share

@@ -34,14 +34,14 @@ def test_applications_come_outermost_first() -> None:
 @pytest.mark.parametrize(
     ("text", "column", "message"),
     [
-        ("down(up(x)", 11, "expected ')', found 'the end'"),
-        ("down(up(x)))", 12, "unexpected ')'"),
-        ("down(up(x) *)", 13, "expected a name, found ')'"),
+        ("down(up(x)", 11, "expected `)`, found the end"),
+        ("down(up(x)))", 12, "unexpected `)`"),
+        ("down(up(x) *)", 13, "expected a name, found `)`"),
         ("down(up(x) - y)", 12, "unexpected character '-'"),
         ("down(3)", 6, "unexpected character '3'"),
-        ("", 1, "expected a name, found 'the end'"),
-        ("a b", 3, "unexpected 'b'"),
-        ("a()", 3, "expected a name, found ')'"),
+        ("", 1, "expected a name, found the end"),
+        ("a b", 3, "unexpected `b`"),
+        ("a()", 3, "expected a name, found `)`"),
         ("__import__('os')", 12, 'unexpected character "\'"'),
     ],
 )

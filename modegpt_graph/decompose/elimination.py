@@ -34,7 +34,6 @@ def eliminate(
     *,
     ridge: float,
     blocks: Tensor | None = None,
-    order: Tensor | None = None,
     total: float | None = None,
     batch: int | None = None,
 ) -> Elimination:
@@ -46,8 +45,8 @@ def eliminate(
     ridge term.
 
     gram: (N, N) float64.   weight: (N, D).   blocks: (n, b) column indices of blocks that fall together; single columns
-    by default.   ridge: relative to the mean diagonal.   order: evaluates this order in place of the best one.
-    total: what errors are relative to; ‖X W‖² by default.   Time O(N³ + N² D).
+    by default.   ridge: relative to the mean diagonal.   total: what errors are relative to; ‖X W‖² by default.
+    Time O(N³ + N² D).
     Source: Optimal Brain Surgeon (Hassibi and Stork, 1993) for the cost; the blocked downdate as in GPTQ (arXiv
     2210.17323).
     """
@@ -71,10 +70,7 @@ def eliminate(
     done = 0
     while done < count:
         width = min(batch, count - done)
-        if order is None:
-            chosen = _cheapest(inverse, refitted, present, size, width)
-        else:
-            chosen = _positions(alive, order[done : done + width])
+        chosen = _cheapest(inverse, refitted, present, size, width)
         rows = _columns_of(chosen, size)
         lower = torch.linalg.cholesky(inverse[rows][:, rows])
         spread = torch.linalg.solve_triangular(lower, inverse[rows], upper=False)  # (b, m), rows of L⁻¹ P[B, :]
@@ -101,13 +97,35 @@ def eliminate(
     return Elimination(torch.cat(dropped), errors / total if total > 0 else torch.zeros_like(errors), penalty)
 
 
+def eliminate_in_order(
+    gram: Tensor, weight: Tensor, order: Tensor, *, ridge: float, total: float | None = None
+) -> Elimination:
+    """`eliminate` for single columns in a given order, the first one dropped first.
+
+    With G = gram + ridge·I = L Lᵀ, columns in the order in which they stay, M = L⁻¹ and U = Lᵀ W: the best refit to the
+    first k columns is V_k = M[:k]ᵀ U[:k], and the ridge objective that is left is ‖U[k:]‖². So one factor gives the
+    errors at every rank. Time O(N³ + N² D).
+    """
+    total = float(energy(gram, weight)) if total is None else total
+    staying = order.flip(0)
+    factor = factorise(gram[staying][:, staying], ridge)
+    wanted = weight.double()[staying]
+    inverse = torch.linalg.solve_triangular(factor.lower, torch.eye(len(gram), dtype=gram.dtype), upper=False)
+    pulled = factor.lower.mT @ wanted
+    # ‖W − V_k‖², which the ridge objective counts and the error does not: V_k grows by M[k]ᵀ U[k].
+    gains = pulled.square().sum(1)
+    spread = inverse @ inverse.mT
+    met = inverse @ wanted - spread.tril(-1) @ pulled  # M[k] (W − V_k)
+    drift = gains * spread.diagonal() - 2 * (pulled * met).sum(1)
+    objective = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
+    distance = wanted.square().sum() + torch.cat([drift.new_zeros(1), drift.cumsum(0)])
+    errors = (objective - factor.ridge * distance).clamp_min(0)
+    errors[-1] = 0.0  # nothing is dropped; what is left there is rounding
+    return Elimination(order, errors / total if total > 0 else torch.zeros_like(errors), factor.ridge)
+
+
 def _columns_of(positions: Tensor, size: int) -> Tensor:
     return (positions[:, None] * size + torch.arange(size)).flatten()
-
-
-def _positions(alive: Tensor, wanted: Tensor) -> Tensor:
-    """Where the blocks `wanted` stand in `alive`, which is ascending."""
-    return torch.searchsorted(alive, wanted)
 
 
 def _cheapest(inverse: Tensor, refitted: Tensor, present: Tensor, size: int, width: int) -> Tensor:

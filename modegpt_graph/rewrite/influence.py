@@ -27,9 +27,11 @@ def influences(
     the dense model's output of the layer before. tokens: (windows, window).
     """
     divergences: dict[str, float] = {}
-    with torch.no_grad(), _recorded(model, layers) as outputs:
-        dense = forward_logits(model, tokens).log_softmax(-1)
-        recorded = list(outputs)
+    with torch.no_grad():
+        with _recorded(model, layers) as recorded:
+            dense = forward_logits(model, tokens).log_softmax(-1)
+        expected = dense.exp()
+        entropy = -(expected * dense).sum(-1).mean()
         with (progress or NullProgress()).stage("weigh the sites", len(solutions)) as stage:
             for one in modules:
                 for placed in one.placed:
@@ -38,21 +40,20 @@ def influences(
                             _starting_at(model, layers, placed.site.layer, recorded),
                             _reduced(model.get_submodule(one.path), placed, solutions[placed.site.id]),
                         ):
-                            logits = forward_logits(model, tokens).log_softmax(-1)
-                        kl = nn.functional.kl_div(logits, dense, reduction="none", log_target=True).sum(-1).mean()
-                        divergences[placed.site.id] = max(float(kl), 0.0)
+                            logits = forward_logits(model, tokens)
+                        crossed = (logits.logsumexp(-1) - torch.linalg.vecdot(expected, logits)).mean()
+                        divergences[placed.site.id] = max(float(crossed - entropy), 0.0)
                         stage.advance()
     return divergences
 
 
 @contextmanager
 def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[list[Any]]:
-    """The outputs of the decoder layers of the first pass run within this context."""
+    """The outputs of the decoder layers in the one pass that is run within this context."""
     outputs: list[Any] = []
 
     def record(module: nn.Module, args: object, output: Any) -> None:
-        if len(outputs) < len(layers):
-            outputs.append(output)
+        outputs.append(output)
 
     handles = [model.get_submodule(path).register_forward_hook(record) for path in layers]
     try:
@@ -65,14 +66,17 @@ def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[list[Any]]:
 @contextmanager
 def _starting_at(model: nn.Module, layers: Sequence[str], first: int, outputs: Sequence[Any]) -> Iterator[None]:
     """Layers before `first` return what they returned in the recorded pass, without computing it."""
-    skipped = [model.get_submodule(path) for path in layers[:first]]
+    skipped: list[nn.Module] = [model.get_submodule(path) for path in layers[:first]]
+    own = [vars(module).get("forward") for module in skipped]
     for module, output in zip(skipped, outputs, strict=False):
         module.forward = lambda *args, output=output, **kwargs: output
     try:
         yield
     finally:
-        for module in skipped:
+        for module, forward in zip(skipped, own, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 @contextmanager
@@ -83,7 +87,7 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
     def change(name: str, transposed: bool, value: Tensor) -> None:
         parameter = module.get_parameter(name)
         changed.append((parameter, parameter.data))
-        parameter.data = (value.T if transposed else value).to(parameter.dtype).contiguous()
+        parameter.data = (value.mT if transposed else value).to(parameter.dtype).contiguous()
 
     footprint, layout = placed.footprint, placed.footprint.layout
     sources = taken(layout, solution.kept)
@@ -92,7 +96,7 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
             for role, linear in footprint.outline.consumers.items():
                 rows, bias = solution.refits[role]
                 spread = _spread(layout.members[role], sources, solution, rows)  # (N, D)
-                change(linear.weight, linear.transposed, spread.T)
+                change(linear.weight, linear.transposed, _stored(spread, linear.copies))
                 if bias is not None and linear.bias is not None:
                     change(linear.bias, False, bias)
         else:
@@ -123,6 +127,11 @@ def _spread(members: Tensor, sources: Tensor, solution: Solution, rows: Tensor) 
         kept = members.gather(2, sources[:, None].expand(-1, heads, -1))
         full[kept.flatten()] = rows.flatten(0, 2)
     return full
+
+
+def _stored(spread: Tensor, copies: int) -> Tensor:
+    """(D, N), or (copies, D, N) of experts whose features stand one after the other in (copies · N, D)."""
+    return spread.T if copies == 1 else spread.view(copies, -1, spread.shape[-1]).mT
 
 
 def _operator(heads: int, sources: Tensor, solution: Solution, query: str, key: str, size: int) -> Tensor:

@@ -1,15 +1,15 @@
 """From a site's statistics and matrices to its solutions: which decomposition is called, in whose coordinates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.statistics import ConsumerStatistics, ScoreStatistics, Statistics
+from modegpt_graph.calibrate.statistics import ConsumerStatistics, ExpertStatistics, ScoreStatistics, Statistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
-from modegpt_graph.decompose.elimination import eliminate
+from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
 from modegpt_graph.decompose.logits import Scale
 from modegpt_graph.decompose.nystrom import Selection, consumer, nystrom, selection_order
 from modegpt_graph.decompose.refit import refit
@@ -18,6 +18,7 @@ from modegpt_graph.decompose.value_output import value_output_svd
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.match.modules import Placed
+from modegpt_graph.rewrite.experts import Expert, ExpertsSolver, shrunk
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.trace.linear import Linear
 
@@ -63,10 +64,15 @@ def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Re
     (role, linear), *others = placed.footprint.outline.consumers.items()
     if others:
         raise ModegptError(f"{site.id}: {1 + len(others)} matrices are to be fitted again; one is supported")
-    problem = _consumer_problem(module, linear, layout, role, statistics)
-    if site.decomposition == "svd":
+    if isinstance(statistics, ExpertStatistics):
+        return ExpertsSolver([_expert(placed, module, statistics, recipe, copy) for copy in range(linear.copies)])
+    return _consumer_solver(placed, _consumer_problem(module, linear, layout, role, statistics.gram), recipe)
+
+
+def _consumer_solver(placed: Placed, problem: "Problem", recipe: Recipe) -> Solver:
+    if placed.site.decomposition == "svd":
         return ConsumerBasis(placed, problem, recipe)
-    if layout.members[role][..., 0].numel() == 1:
+    if placed.footprint.layout.members[problem.role][..., 0].numel() == 1:
         return ConsumerColumns(placed, problem, recipe)
     return ConsumerHeadColumns(placed, problem, recipe)
 
@@ -84,16 +90,30 @@ class Problem:
     bias: Tensor | None
 
 
+def _expert(placed: Placed, module: nn.Module, statistics: ExpertStatistics, recipe: Recipe, copy: int) -> Expert:
+    """One of the experts of a tensor; of one that saw no tokens the features with the largest weights are kept."""
+    alone = replace(placed, footprint=replace(placed.footprint, layout=placed.footprint.one))
+    ((role, linear),) = placed.footprint.outline.consumers.items()
+    gram, tokens = statistics.grams[copy], statistics.tokens[copy]
+    seen = _consumer_problem(module, linear, placed.footprint.one, role, gram, copy)
+    supposed = _consumer_problem(module, linear, placed.footprint.one, role, shrunk(gram), copy)
+    found = _consumer_solver(alone, supposed, recipe if tokens else replace(recipe, selection="energy"))
+    return Expert(seen.gram, seen.weight, seen.bias, found, tokens)
+
+
 def _consumer_problem(
-    module: nn.Module, linear: Linear, layout: Layout, role: str, statistics: ConsumerStatistics
+    module: nn.Module, linear: Linear, layout: Layout, role: str, gram: Tensor, copy: int | None = None
 ) -> Problem:
+    """copy: which expert of a tensor that holds several."""
     weight = module.get_parameter(linear.weight).detach()
-    weight = (weight if linear.transposed else weight.T).double()  # (N, D)
     bias = module.get_parameter(linear.bias).detach().double() if linear.bias else None
+    if copy is not None:
+        weight, bias = weight[copy], None if bias is None else bias[copy]
+    weight = (weight if linear.transposed else weight.T).double()  # (N, D)
     order = layout.members[role].flatten()
     last = torch.tensor([weight.shape[0]]) if bias is not None else order[:0]
     rows = torch.cat([order, last])
-    return Problem(role, statistics.gram[rows][:, rows], weight[order], bias)
+    return Problem(role, gram[rows][:, rows], weight[order], bias)
 
 
 class ConsumerBasis:
@@ -126,8 +146,11 @@ class ConsumerColumns:
 
     def __init__(self, placed: Placed, problem: Problem, recipe: Recipe) -> None:
         self._problem, self._recipe = problem, recipe
-        order = None
-        if recipe.selection != "surgeon":
+        centred = consumer(problem.gram, problem.weight, problem.bias)
+        gram, weight, total = centred.gram, centred.weight, centred.total
+        if recipe.selection == "surgeon":
+            self._elimination = eliminate(gram, weight, ridge=recipe.ridge, total=total)
+        else:
             order = selection_order(
                 problem.gram,
                 problem.weight,
@@ -136,10 +159,7 @@ class ConsumerColumns:
                 leverage_ridge=recipe.leverage_ridge,
                 bias=problem.bias,
             )
-        centred = consumer(problem.gram, problem.weight, problem.bias)
-        self._elimination = eliminate(
-            centred.gram, centred.weight, ridge=recipe.ridge, order=order, total=centred.total
-        )
+            self._elimination = eliminate_in_order(gram, weight, order, ridge=recipe.ridge, total=total)
         self.errors = self._elimination.errors
 
     def solution(self, rank: int) -> Solution:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modegpt_graph.decompose.elimination import eliminate
+from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
 from modegpt_graph.decompose.numerics import NumericalError, RankError
 from modegpt_graph.decompose.nystrom import leverage_scores, nystrom, selection_order, surgeon_order
 
@@ -99,8 +99,19 @@ def test_batched_downdates_agree_with_exact_refits_over_several_batches():
     for rank in (5, 60, 100):
         result = nystrom(gram, w, rank, ridge=1e-6, kept=order.kept(rank))
         assert float(order.errors[rank]) == pytest.approx(result.relative_error, rel=1e-6)
-    given = eliminate(gram, w, ridge=1e-6, batch=16, order=order.order)
-    assert torch.allclose(given.errors, order.errors, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 1e-2, 1.0])
+def test_the_errors_of_a_given_order_are_those_of_exact_refits(ridge: float):
+    z, w = features(count=120)
+    gram = z.mT @ z
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(1))
+    found = eliminate_in_order(gram, w, order, ridge=ridge)
+    for rank in (1, 5, 60, 119):
+        result = nystrom(gram, w, rank, ridge=ridge, kept=order[120 - rank :])
+        assert float(found.errors[rank]) == pytest.approx(result.relative_error, rel=1e-6)
+    assert float(found.errors[0]) == pytest.approx(1.0)
+    assert float(found.errors[120]) == 0.0
 
 
 def test_each_step_of_the_surgeon_drops_what_costs_least_after_the_refit():

@@ -1,6 +1,7 @@
 """A site's influence is the divergence that the rewritten model really has, and ranks follow it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from modegpt_graph.models import resolve
 from modegpt_graph.rewrite.apply import rewrite
 from modegpt_graph.rewrite.budget import site_items
 from modegpt_graph.rewrite.influence import influences
-from modegpt_graph.rewrite.ranks import curve_ranks
+from modegpt_graph.rewrite.ranks import PROBE_LAYERS, curve_ranks, interpolated, probed
 from modegpt_graph.rewrite.solve import Recipe, solver
 
 CONFIGS = {
@@ -81,6 +82,31 @@ def test_influence_equals_the_divergence_of_the_rewritten_model(name: str, scale
         padded = torch.cat([tokens, tokens[:, -1:]], dim=1)
         expected = kl_divergence(model, changed, padded)
         assert found[site] == pytest.approx(expected, rel=1e-2, abs=1e-7), site  # both in float32
+
+
+def test_influence_leaves_a_forward_that_was_set_on_an_instance() -> None:
+    model = _model("grouped heads, rotary")
+    tokens = torch.randint(0, 50, (1, 8), generator=torch.Generator().manual_seed(0))
+    surveyed = survey_model(resolve(model), read_patterns())
+    modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
+    first = model.get_submodule(layers[0])
+    first.forward = own = first.forward  # as accelerate's hooks do
+    observed = calibrate(model, modules, layers, tokens)
+    last = [(one, placed) for one in modules for placed in one.placed if placed.site.layer == 1][-1]
+    module = model.get_submodule(last[0].path)
+    known = solver(last[1], module, observed.statistics[last[1].site.id], Recipe())
+    influences(model, modules, layers, {last[1].site.id: known.solution(8)}, tokens)
+    assert first.forward is own
+
+
+def test_few_layers_are_measured_in_a_deep_model_and_the_others_interpolated() -> None:
+    assert probed([3, 5, 7]) == {3, 5, 7}
+    chosen = probed(range(80))
+    assert len(chosen) == PROBE_LAYERS
+    assert {0, 1, 78, 79} <= chosen
+    assert max(b - a for a, b in itertools.pairwise(sorted(chosen))) <= 8
+    known = {0: 1.0, 4: 16.0, 8: 4.0}
+    assert [interpolated(known, layer) for layer in (0, 1, 2, 4, 6)] == pytest.approx([1.0, 2.0, 4.0, 16.0, 8.0])
 
 
 def test_a_site_that_costs_more_keeps_more() -> None:

@@ -7,9 +7,10 @@ from functools import lru_cache
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout, LayoutError, rows_to_ranges
 from modegpt_graph.match.certify import certify
+from modegpt_graph.match.claims import admitted_method, counterexample
 from modegpt_graph.match.commutant import Finding, find_commutant
 from modegpt_graph.match.decoder import common_path, decoder_matrices
-from modegpt_graph.match.footprint import Outline, locate, outline
+from modegpt_graph.match.footprint import Footprint, Outline, locate, outline
 from modegpt_graph.match.matcher import Match, Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.reasons import decide, refusal
@@ -44,6 +45,7 @@ class _Examined:
     finding: Finding | None
     certificate: Certificate
     obstacle: str | None
+    counterexample: str | None = None
 
 
 def survey(trace: Trace, patterns: Sequence[Pattern], name: str, architecture: str) -> Survey:
@@ -119,7 +121,16 @@ def _examine(sketch: Outline) -> _Examined:
             f"its features could not be followed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         )
         return _Examined(None, None, Certificate("structural", None, False), said)
-    return _Examined(footprint.layout, finding, certificate, probe.obstacle)
+    return _Examined(footprint.layout, finding, certificate, probe.obstacle, _refuted(footprint, finding, certificate))
+
+
+def _refuted(footprint: Footprint, finding: Finding, certificate: Certificate) -> str | None:
+    """What refutes the claim of a pattern at a site, None where it holds."""
+    decomposition = footprint.outline.match.pattern.decomposition
+    method = admitted_method(decomposition, finding.commutant)
+    if method is not None and certificate.holds:
+        return None
+    return counterexample(footprint, method or decomposition.method)
 
 
 def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
@@ -176,7 +187,7 @@ def _site(identity: str, sketch: Outline, result: _Examined, roles: Mapping[str,
             1,
             0,
         )
-    method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle)
+    method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle, result.counterexample)
     kind = TYPES[min(finding.nonlinearities, 2)]
     return Site(
         id=identity,

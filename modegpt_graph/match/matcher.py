@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import permutations
 
-from modegpt_graph.match.formula import Apply, Combine, Expression, Name
+from modegpt_graph.match.formula import Apply, Combine, Expression, Name, parts_of
 from modegpt_graph.match.patterns import OPERATIONS, Pattern
+from modegpt_graph.match.place import place_of
 from modegpt_graph.trace.graph import ELEMENTWISE, Graph
 from modegpt_graph.trace.operations import Effect
 
 LARGEST_PRODUCT = 6
+MOST_TRIES = 5_000  # of parts of one formula at one node: the orders of products within products multiply
 
 
 @dataclass(frozen=True)
@@ -34,23 +36,28 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Why a form does not stand at a node: at which node it stopped, and how many applications it had matched.
+    """Why a form does not stand at a node: where it stopped, and how many of its steps had matched.
 
-    beyond_first: roles matched after the outermost application, which any matrix product may be.
+    start: the node that was tried.   place: of the operation that stopped it.   steps: applications, products and sums
+    of the form.   linears: role → node, in the order in which they matched.   beyond_first: roles matched after the
+    outermost application, which any matrix product may be.
     """
 
     pattern: str
     variant: str
-    node: str
+    start: str
+    place: str
     expected: str
     found: str
     matched: int
+    steps: int
     linears: Mapping[str, str]
     beyond_first: frozenset[str]
 
     def __str__(self) -> str:
-        got = ", ".join(self.linears) or "nothing"
-        return f"expected {self.expected}, found {self.found} at `{self.node}` (had matched: {got})"
+        got = ", ".join(f"`{role}`" for role in self.linears)
+        far = f"{self.matched} of {self.steps} steps had matched"
+        return f"expected {self.expected}, found {self.found} in {self.place}; {far}{f', with {got}' * bool(got)}"
 
 
 @dataclass
@@ -77,6 +84,7 @@ class Matcher:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._root = cache(self._find_root)
+        self._tries = 0
 
     def find(self, pattern: Pattern) -> tuple[list[Match], list[Miss]]:
         """Every match of a pattern, and for every other candidate node its best near miss."""
@@ -85,6 +93,7 @@ class Matcher:
             best: Miss | None = None
             for variant, form in pattern.forms().items():
                 try:
+                    self._tries = 0
                     state = self._match(form, start, _State(), pattern)
                     matches.append(Match(pattern, variant, state.linears, state.operations, state.values))
                     best = None
@@ -93,7 +102,16 @@ class Matcher:
                     state = stop.state
                     roles = frozenset(state.linears) - {getattr(form, "name", None)}
                     miss = Miss(
-                        pattern.name, variant, stop.node, stop.expected, stop.found, state.matched, state.linears, roles
+                        pattern.name,
+                        variant,
+                        start,
+                        place_of(self.graph.traced(stop.node)),
+                        stop.expected,
+                        stop.found,
+                        state.matched,
+                        sum(not isinstance(part, Name) for part in parts_of(form)),
+                        state.linears,
+                        roles,
                     )
                     if best is None or miss.matched > best.matched:
                         best = miss
@@ -109,6 +127,9 @@ class Matcher:
                 yield key
 
     def _match(self, form: Expression, key: str, state: _State, pattern: Pattern) -> _State:
+        self._tries += 1
+        if self._tries > MOST_TRIES:
+            raise _Stopped(key, "a simpler formula", f"more than {MOST_TRIES:,} orders of its products to try", state)
         if isinstance(form, Name):
             return self._match_name(form, key, state)
         if isinstance(form, Combine):
@@ -146,7 +167,8 @@ class Matcher:
         found = self.through_moves(key)
         if self.graph.linear(found) is None:
             raise _Stopped(found, f"the matrix `{form.name}`", self._describe(found), state)
-        state.linears[form.name] = found
+        if state.linears.setdefault(form.name, found) != found:
+            raise _Stopped(found, f"`{self._weight(state.linears[form.name])}` again", self._describe(found), state)
         state.values.setdefault(form.name, key)
         state.matched += 1
         return found
@@ -165,7 +187,8 @@ class Matcher:
         parts = self._flatten(found, wanted)
         if len(parts) != len(form.parts) or len(parts) > LARGEST_PRODUCT:
             word = "product" if wanted == "mul" else "sum"
-            raise _Stopped(found, f"a {word} of {len(form.parts)}", self._describe(found), state)
+            what = f"a {word} of {len(parts)}" if len(parts) > 1 else self._describe(found)
+            raise _Stopped(found, f"a {word} of {len(form.parts)}", what, state)
         best: _Stopped | None = None
         for order in permutations(parts):
             attempt = state.copy()
@@ -263,4 +286,7 @@ class Matcher:
         if linear is not None:
             return f"the matrix `{linear.weight}`"
         operation = self.graph.operation(key)
-        return "an input of the model" if operation == "placeholder" else f"`{operation}`"
+        if operation == "placeholder":
+            return "an input of the model"
+        unknown = ", whose effect is not known" if self.graph.effect(key) is Effect.UNKNOWN else ""
+        return f"`{operation}`{unknown}"

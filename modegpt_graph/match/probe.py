@@ -125,10 +125,8 @@ def _deviation(expected: Tensor, found: Tensor) -> float:
     return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-300))
 
 
-def _run_both(
-    footprint: Footprint, edits: Edits, selection: Selection, mixing: Tensor | None, generator: torch.Generator
-) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
-    starts = {linear.node: footprint.flow.labels[linear.node] for linear in footprint.outline.producers.values()}
+def random_inputs(footprint: Footprint, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+    """Normal values in float64 for everything that the region reads from outside, the products with matrices too."""
     inputs: dict[fx.Node, Tensor] = {}
     for node in footprint.outline.region:
         for operand in node.all_input_nodes:
@@ -138,9 +136,17 @@ def _run_both(
                 and operand.meta.get("val") is not None
             ):
                 inputs[operand] = _random(operand, generator)
-    for node in starts:
-        inputs.setdefault(node, _random(node, generator))
-    values = _run(footprint.outline.region, inputs, Edits())
+    for linear in footprint.outline.producers.values():
+        inputs.setdefault(linear.node, _random(linear.node, generator))
+    return inputs
+
+
+def _run_both(
+    footprint: Footprint, edits: Edits, selection: Selection, mixing: Tensor | None, generator: torch.Generator
+) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]:
+    starts = {linear.node: footprint.flow.labels[linear.node] for linear in footprint.outline.producers.values()}
+    inputs = random_inputs(footprint, generator)
+    values = run_region(footprint.outline.region, inputs, Edits())
     fewer = dict(inputs)
     for node, labels in starts.items():
         kept = edits.labels[node]
@@ -150,7 +156,7 @@ def _run_both(
         origin = labels.reshape(-1, labels.shape[-1])[0]
         wanted = kept.reshape(-1, kept.shape[-1])[0]
         fewer[node] = value[..., _find(origin, wanted, selection)]
-    return values, _run(footprint.outline.region, fewer, edits)
+    return values, run_region(footprint.outline.region, fewer, edits)
 
 
 def _find(origin: Tensor, wanted: Tensor, selection: Selection) -> Tensor:
@@ -192,7 +198,7 @@ def _random(node: fx.Node, generator: torch.Generator) -> Tensor:
     return torch.randn(shape_of(node), dtype=torch.float64, generator=generator)
 
 
-def _run(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edits: Edits) -> dict[fx.Node, Tensor]:
+def run_region(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edits: Edits) -> dict[fx.Node, Tensor]:
     """Run the nodes of a region with their edits, in float64."""
     values: dict[fx.Node, Tensor] = dict(inputs)
     for node in region:

@@ -44,7 +44,8 @@ def explain(graph: Graph, parameter: str, misses: Iterable[Miss], in_sites: Coll
     surroundings = f"it multiplies what comes from {written}, and its product goes to {reads}"
     if best is None:
         return Unmatched(parameter, None, f"no pattern reaches it: {surroundings}")
-    return Unmatched(parameter, best.pattern, f"no pattern has a place for it: {surroundings}; nearest: {best}")
+    role = next(role for role, key in best.linears.items() if key in keys)
+    return Unmatched(parameter, best.pattern, f"no pattern has a place for it: {surroundings}; as `{role}`: {best}")
 
 
 def _not_one_matrix(graph: Graph, parameter: str) -> str:

@@ -136,8 +136,8 @@ def test_a_gate_summed_over_features_is_a_near_miss_that_says_so(analysed: Analy
     assert {one.pattern for one in analysis.sites} == {"query-key", "value-output"}
     down = next(one for one in analysis.unmatched if one.parameter == "blocks.0.mlp.down.weight")
     assert down.nearest_pattern == "gated-mlp"
-    assert "expected the matrix `up`, found `cumsum` at `cumsum`" in down.reason
-    assert "had matched: down, gate" in down.reason
+    assert "expected the matrix `up`, found `cumsum` in `blocks.0.mlp` (hard_cases.py:" in down.reason
+    assert "3 of 4 steps had matched, with `down`, `gate`" in down.reason
 
 
 def test_a_shared_block_is_one_block(analysed: Analysed) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from modegpt_graph.decompose.numerics import energy, factorise
 
 SMALLEST_BATCH = 32
+ROWS_PER_STEP = 128
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,16 @@ def eliminate_in_order(
     wanted = weight.double()[staying]
     inverse = torch.linalg.solve_triangular(factor.lower, torch.eye(len(gram), dtype=gram.dtype), upper=False)
     pulled = factor.lower.mT @ wanted
-    # ‖W − V_k‖², which the ridge objective counts and the error does not: V_k grows by M[k]ᵀ U[k].
     gains = pulled.square().sum(1)
-    spread = inverse @ inverse.mT
-    met = inverse @ wanted - spread.tril(-1) @ pulled  # M[k] (W − V_k)
-    drift = gains * spread.diagonal() - 2 * (pulled * met).sum(1)
+    # ‖W − V_k‖², which the ridge objective counts and the error does not: V_k grows by M[k]ᵀ U[k].
+    left, drift = wanted.clone(), torch.empty_like(gains)
+    for start in range(0, len(gram), ROWS_PER_STEP):
+        rows, end = slice(start, start + ROWS_PER_STEP), start + ROWS_PER_STEP
+        step = inverse[rows, :end]
+        products = step @ step.mT
+        met = step @ left[:end] - products.tril(-1) @ pulled[rows]  # M[k] (W − V_k)
+        drift[rows] = gains[rows] * products.diagonal() - 2 * (pulled[rows] * met).sum(1)
+        left[:end] -= step.mT @ pulled[rows]
     objective = torch.cat([gains.flip(0).cumsum(0).flip(0), gains.new_zeros(1)])
     distance = wanted.square().sum() + torch.cat([drift.new_zeros(1), drift.cumsum(0)])
     errors = (objective - factor.ridge * distance).clamp_min(0)

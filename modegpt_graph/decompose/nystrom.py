@@ -164,10 +164,11 @@ def nystrom(
         kept = chosen if blocks is None else blocks[chosen].flatten()
     if len(kept) != rank or len(kept.unique()) != rank:
         raise RankError(f"kept names {len(kept.unique())} different columns where rank is {rank}")
-    return _refit_rows(consumer(gram, down, bias), kept.sort().values, ridge)
+    return refit_rows(consumer(gram, down, bias), kept.sort().values, ridge)
 
 
-def _refit_rows(problem: Consumer, kept: Tensor, ridge: float) -> Nystrom:
+def refit_rows(problem: Consumer, kept: Tensor, ridge: float) -> Nystrom:
+    """`nystrom` for a choice that is made, `kept` ascending; one `consumer(…)` serves every choice."""
     gram, weight = problem.gram, problem.weight
     dropped = torch.ones(len(weight), dtype=torch.bool)
     dropped[kept] = False

@@ -59,6 +59,21 @@ class ConsumerStatistics:
 
 
 @dataclass(frozen=True)
+class ExpertStatistics:
+    """For every expert, the Gram matrix of what its refitted matrix reads.
+
+    grams: (N + 1, N + 1) each, of [X, 1] over the tokens that were routed to the expert.
+    """
+
+    grams: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """How many tokens each expert saw."""
+        return tuple(int(gram[-1, -1]) for gram in self.grams)
+
+
+@dataclass(frozen=True)
 class ScoreStatistics:
     """Gram matrices of queries (G, g, d, d) and keys (G, d, d), after all that stands before their product."""
 
@@ -66,7 +81,7 @@ class ScoreStatistics:
     keys: Tensor
 
 
-Statistics = ConsumerStatistics | ScoreStatistics
+Statistics = ConsumerStatistics | ExpertStatistics | ScoreStatistics
 
 
 class ConsumerCollector:
@@ -86,6 +101,36 @@ class ConsumerCollector:
         gram = self._gram.augmented()
         _check(gram, site, self._gram.rows)
         return ConsumerStatistics(gram)
+
+
+class ExpertCollector:
+    """Collects at the input of the matrices that are fitted again, one for each expert."""
+
+    def __init__(self, footprint: Footprint) -> None:
+        (consumer,) = footprint.outline.consumers.values()
+        self.nodes: Mapping[str, fx.Node] = {"input": consumer.source}
+        if consumer.offsets is not None:
+            self.nodes = {"offsets": consumer.offsets, **self.nodes}
+        self._grams = [Gram(shape_of(consumer.source)[-1]) for _ in range(consumer.copies)]
+        self._ends: list[int] | None = None
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Another batch of what the consumer reads: (experts, T, N), or (T, N) after where each expert ends."""
+        if name == "offsets":
+            self._ends = value.tolist()
+            return
+        value = value.float() if value.dtype != torch.float64 else value
+        parts = value if self._ends is None else value[: self._ends[-1]].tensor_split(self._ends[:-1])
+        for gram, part in zip(self._grams, parts, strict=True):
+            if len(part):
+                gram.add(part)
+
+    def statistics(self, site: str) -> ExpertStatistics:
+        """The sums so far. Raises OverflowedActivations where they are not finite."""
+        grams = tuple(gram.augmented() for gram in self._grams)
+        for gram, own in zip(grams, self._grams, strict=True):
+            _check(gram, site, own.rows)
+        return ExpertStatistics(grams)
 
 
 class ScoreCollector:
@@ -131,13 +176,15 @@ class ScoreCollector:
         return ScoreStatistics(self._queries, self._keys[:, 0])
 
 
-Collector = ConsumerCollector | ScoreCollector
+Collector = ConsumerCollector | ExpertCollector | ScoreCollector
 BATCH = 2  # of the recorded call whose sizes the traced example has
 
 
 def collector(footprint: Footprint) -> Collector:
     """The collector that fits a site."""
-    return ConsumerCollector(footprint) if footprint.outline.consumers else ScoreCollector(footprint)
+    if not footprint.outline.consumers:
+        return ScoreCollector(footprint)
+    return ConsumerCollector(footprint) if footprint.outline.copies == 1 else ExpertCollector(footprint)
 
 
 def _heads_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:

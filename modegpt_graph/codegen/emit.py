@@ -19,7 +19,7 @@ from modegpt_graph.codegen.layout import atom, wrapped
 from modegpt_graph.flow.shrink import Edits
 from modegpt_graph.trace.calls import CacheSlot
 from modegpt_graph.trace.export import Output, Trace
-from modegpt_graph.trace.linear import Linear, find_linear
+from modegpt_graph.trace.linear import Linear, find_linears
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall
 from modegpt_graph.trace.operations import Effect, arguments, effect, operation
 
@@ -58,12 +58,9 @@ class _Writer:
     used_sizes: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.parameters = frozenset(n for n, p in self.trace.module.named_parameters() if p.ndim == 2)
-        self.linears: dict[fx.Node, Linear] = {}
-        for node in self.trace.graph.nodes:
-            linear = find_linear(node, self.trace, self.parameters)
-            if linear is not None and self._is_module_call(linear):
-                self.linears[node] = linear
+        self.linears: dict[fx.Node, Linear] = {
+            node: linear for node, linear in find_linears(self.trace).items() if self._is_module_call(linear)
+        }
         self.arguments = {
             node: self.edits.arguments.get(node, (node.target, node.args, node.kwargs))
             for node in self.trace.graph.nodes
@@ -78,7 +75,7 @@ class _Writer:
         owner = self.trace.module.get_submodule(path)
         names = {f"{path}.{name}" for name, _ in owner.named_parameters(recurse=False)}
         plain = names == {linear.weight, linear.bias} - {None}
-        return plain and (path in self.linear_modules or type(owner) is nn.Linear)
+        return plain and linear.copies == 1 and (path in self.linear_modules or type(owner) is nn.Linear)
 
     def _input_expressions(self) -> dict[str, str]:
         """Placeholder → the expression that reads it from the method's parameters."""

@@ -58,6 +58,21 @@ class Layout:
         return max(kind.block_size for kind in self.kinds)
 
 
+def repeated(layout: Layout, copies: int, sizes: Mapping[str, int]) -> Layout:
+    """The layout of `copies` equal sites in one tensor, whose groups are those of the first, the second, and so on.
+
+    sizes: role → rows (for a refitted role, input columns) of one copy; those of all copies are numbered through.
+    """
+    apart = int(layout.fibres.max()) + 1
+
+    def shifted(values: Tensor, step: int) -> Tensor:
+        return torch.cat([values + copy * step for copy in range(copies)])
+
+    members = {role: shifted(rows, sizes[role]) for role, rows in layout.members.items()}
+    kinds = tuple(Kind(shifted(kind.positions, 0)) for kind in layout.kinds)
+    return Layout(shifted(layout.fibres, apart), kinds, members)
+
+
 def unique_fibres(classes: Tensor) -> Tensor:
     """(heads, d) → (G, d): fibres without repeats, in order of their first appearance.
 

@@ -24,7 +24,10 @@ TYPES: tuple[SiteType, ...] = ("III", "I", "II")
 
 @dataclass(frozen=True)
 class Located:
-    """A site with what later stages need of it: its outline in the traced graph, and its layout where it has one."""
+    """A site with what later stages need of it: its outline in the traced graph, and its layout where it has one.
+
+    The experts of one tensor are one site here: they are traced, solved and rewritten together.
+    """
 
     site: Site
     outline: Outline
@@ -121,7 +124,7 @@ def _examine(sketch: Outline) -> _Examined:
             f"its features could not be followed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         )
         return _Examined(None, None, Certificate("structural", None, False), said)
-    return _Examined(footprint.layout, finding, certificate, probe.obstacle, _refuted(footprint, finding, certificate))
+    return _Examined(footprint.one, finding, certificate, probe.obstacle, _refuted(footprint, finding, certificate))
 
 
 def _refuted(footprint: Footprint, finding: Finding, certificate: Certificate) -> str | None:
@@ -135,10 +138,11 @@ def _refuted(footprint: Footprint, finding: Finding, certificate: Certificate) -
 
 def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
     roles = {}
-    for role, linear in {**sketch.producers, **sketch.consumers}.items():
+    for role, linear in sketch.linears.items():
         rows, _ = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
         selected = role in sketch.producers and layout is not None
-        roles[role] = Role(linear.weight, _ranges_of(layout, role) if selected else ((0, rows),))
+        step = rows if linear.copies > 1 else 0
+        roles[role] = Role(linear.weight, _ranges_of(layout, role) if selected else ((0, rows),), step)
     return roles
 
 
@@ -186,6 +190,7 @@ def _site(identity: str, sketch: Outline, result: _Examined, roles: Mapping[str,
             layer,
             1,
             0,
+            sketch.copies,
         )
     method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle, result.counterexample)
     kind = TYPES[min(finding.nonlinearities, 2)]
@@ -206,6 +211,7 @@ def _site(identity: str, sketch: Outline, result: _Examined, roles: Mapping[str,
         layer=layer,
         groups=layout.groups,
         full_rank=layout.size,
+        copies=sketch.copies,
     )
 
 
@@ -223,13 +229,15 @@ def _analysis(
     unmatched = tuple(explain(graph, matrix, misses, in_sites) for matrix in matrices if matrix not in in_sites)
     facts = ModelFacts(name, architecture, sum(p.numel() for p in model.parameters()), sum(sizes.values()))
     covered = sum(map(_covered, located))
-    return Analysis(facts, tuple(one.site for one in located), unmatched, covered / max(sum(sizes.values()), 1))
+    sites = tuple(site for one in located for site in one.site.apart())
+    return Analysis(facts, sites, unmatched, covered / max(sum(sizes.values()), 1))
 
 
 def _covered(located: Located) -> int:
     """Parameters of the matrices that belong to a site."""
     sketch, total = located.outline, 0
-    for role, linear in {**sketch.producers, **sketch.consumers}.items():
+    for role, linear in sketch.linears.items():
         shape = tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape)
-        total += linear.shape(shape)[1] * sum(stop - start for start, stop in located.site.roles[role].rows)
+        rows = sum(stop - start for start, stop in located.site.roles[role].rows)
+        total += linear.copies * linear.shape(shape)[1] * rows
     return total

@@ -54,6 +54,8 @@ def _touches_vocabulary(trace: Trace, name: str) -> bool:
 
 
 def common_path(parameters: Iterable[str]) -> str:
-    """Path of the smallest module that holds the modules of all these parameters."""
-    owners = [parameter.split(".")[:-2] for parameter in parameters]
+    """Path of the smallest module that holds the modules of all these parameters, or holds them itself."""
+    names = [parameter.split(".") for parameter in dict.fromkeys(parameters)]
+    together = len(names) > 1 and len({tuple(name[:-1]) for name in names}) == 1
+    owners = [name[:-1] if together else name[:-2] for name in names]
     return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from modegpt_graph.flow.labels import Flow, Labels, follow, reachable, run_on_labels, shape_of
-from modegpt_graph.flow.layout import Layout, LayoutError, build_layout
+from modegpt_graph.flow.layout import Layout, LayoutError, build_layout, repeated
 from modegpt_graph.match.matcher import Match
 from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.linear import Linear
@@ -32,6 +32,16 @@ class Outline:
     end: fx.Node
     region: tuple[fx.Node, ...]
 
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """Role → its product with a matrix."""
+        return {**self.producers, **self.consumers}
+
+    @property
+    def copies(self) -> int:
+        """How many equal sites this is at once: one for each expert of a tensor that holds several matrices."""
+        return next(iter(self.producers.values())).copies
+
     def signature(self) -> tuple[object, ...]:
         """What two outlines share exactly when the same things stand between matrices of the same shapes."""
         places: dict[fx.Node, object] = {}
@@ -43,8 +53,8 @@ class Outline:
             return places[node]
 
         linears = tuple(
-            (role, place(linear.node), linear.transposed, linear.bias is None)
-            for role, linear in [*self.producers.items(), *self.consumers.items()]
+            (role, place(linear.node), linear.transposed, linear.bias is None, linear.copies)
+            for role, linear in self.linears.items()
         )
         nodes = tuple(
             (str(node.target), str(fx.map_arg(cast(Any, (_telling(node), node.kwargs)), place)), place(node))
@@ -58,18 +68,20 @@ class Outline:
 class Footprint:
     """An outline with its features followed.
 
-    offsets: weight name → its first label.   members: role → (G, g, d) labels of the rows that are selected.
+    offsets: weight name → its first label.   layout: of all copies.   one: of the one whose features the labels are.
+    members: role → (G, g, d) labels of the rows that are selected.
     """
 
     outline: Outline
     offsets: Mapping[str, int]
     flow: Flow
+    one: Layout
     layout: Layout
 
     @property
     def members(self) -> dict[str, Tensor]:
         return {
-            role: self.layout.members[role] + self.offsets[linear.weight]
+            role: self.one.members[role] + self.offsets[linear.weight]
             for role, linear in self.outline.producers.items()
         }
 
@@ -123,6 +135,8 @@ def locate(found: Outline) -> Footprint:
 
     Raises LayoutError where the features do not form regular groups, or are read elsewhere too.
     """
+    if len({(linear.copies, linear.offsets) for linear in found.linears.values()}) > 1:
+        raise LayoutError("its matrices do not belong to the same experts")
     starts, offsets, count = starts_of(list(found.producers.values()))
     carried = {role: _carriers(found, role, linear, starts, count) for role, linear in found.producers.items()}
     own = torch.cat(list(carried.values()))
@@ -133,9 +147,19 @@ def locate(found: Outline) -> Footprint:
     for role, linear in found.consumers.items():
         labels = _labels_at(linear.source, flow)
         carriers[role] = (labels.reshape(-1, labels.shape[-1])[0], torch.arange(labels.shape[-1]))
-    layout = build_layout(_anchor(found, flow), flow.classes, carriers)
-    _refuse_escapes(found, flow, layout)
-    return Footprint(found, offsets, flow, layout)
+    one = build_layout(_anchor(found, flow), flow.classes, carriers)
+    _refuse_escapes(found, flow, one)
+    return Footprint(found, offsets, flow, one, _of_all_copies(found, one))
+
+
+def _of_all_copies(found: Outline, one: Layout) -> Layout:
+    if found.copies == 1:
+        return one
+    if one.groups > 1:
+        raise LayoutError("experts with heads of their own are not followed")
+    sizes = {role: shape_of(linear.node)[-1] for role, linear in found.producers.items()}
+    sizes |= {role: shape_of(linear.source)[-1] for role, linear in found.consumers.items()}
+    return repeated(one, found.copies, sizes)
 
 
 def _linear(graph: Graph, key: str) -> Linear:
@@ -208,7 +232,7 @@ def _carriers(found: Outline, role: str, linear: Linear, starts: Mapping[fx.Node
 def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
     """Features that something outside the region reads cannot be dropped."""
     classes = layout.fibres.unique()
-    inside = {*found.region, found.end}
+    inside = {*found.region, found.end, *(node for linear in found.consumers.values() for node in linear.inner)}
     queue = [(node, labels) for node, labels in flow.labels.items()]
     outside: dict[fx.Node, Labels] = {}
     while queue:

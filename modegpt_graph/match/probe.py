@@ -11,6 +11,7 @@ from modegpt_graph.flow.labels import constant_of, hint, shape_of
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, ShrinkError, origins, select, shrink
 from modegpt_graph.match.footprint import Footprint
+from modegpt_graph.trace.operations import operation
 
 TOLERANCE = 1e-9  # of the largest output, in float64
 
@@ -61,10 +62,13 @@ def random_blocks(layout: Layout, generator: torch.Generator, share: float = 0.5
 def probe_selection(footprint: Footprint, seed: int = 0) -> Probe:
     """Whether the region commutes with dropping and reordering whole blocks: σ(X S) = σ(X) S."""
     generator = torch.Generator().manual_seed(seed)
-    kept = random_blocks(footprint.layout, generator)
-    selection = selection_of(footprint.layout, kept, footprint.members, footprint.flow.classes.count)
+    kept = random_blocks(footprint.one, generator)
+    selection = selection_of(footprint.one, kept, footprint.members, footprint.flow.classes.count)
     try:
         edits = shrink(footprint.outline.region, footprint.flow, selection)
+        if footprint.outline.copies > 1 and edits.gathers:
+            (node, side), *_ = edits.gathers
+            return Probe(None, f"`{operation(node)}` has one value of `{side.name}` for a feature of all experts")
         values, smaller = _run_both(footprint, edits, selection, None, generator)
     except (ShrinkError, RuntimeError) as error:
         return Probe(None, _one_line(error))
@@ -84,7 +88,7 @@ def probe_selection(footprint: Footprint, seed: int = 0) -> Probe:
 def probe_mixing(footprint: Footprint, seed: int = 0) -> Probe:
     """Whether the region commutes with any mixing of each group's features into fewer: σ(X A) = σ(X) A."""
     generator = torch.Generator().manual_seed(seed)
-    layout = footprint.layout
+    layout = footprint.one
     count = max(1, layout.size // 2)
     kept = [torch.arange(count).expand(layout.groups, -1)]
     labels = footprint.members

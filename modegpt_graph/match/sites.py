@@ -1,7 +1,8 @@
 """What matching returns: sites, the matrices left alone, and how much of the decoder is covered."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 Commutant = Literal["linear", "columns", "blocks", "none"]
@@ -11,10 +12,25 @@ Method = Literal["nystrom", "cr", "svd"]
 
 @dataclass(frozen=True)
 class Role:
-    """One matrix of a site: a parameter, and the rows of its output-feature axis that belong to the role."""
+    """One matrix of a site: a parameter, and the rows of its output-feature axis that belong to the role.
+
+    Where the parameter holds a matrix for each expert, the rows of all of them are numbered through: row r of expert e
+    is e · step + r.   step: rows of one matrix, 0 where the parameter is one.
+    """
 
     parameter: str
     rows: tuple[tuple[int, int], ...]
+    step: int = 0
+
+    def of_copy(self, copy: int) -> "Role":
+        """The same role of another expert."""
+        return self if not copy else replace(self, rows=_moved(self.rows, copy * self.step))
+
+
+@lru_cache(maxsize=4096)
+def _moved(rows: tuple[tuple[int, int], ...], by: int) -> tuple[tuple[int, int], ...]:
+    """Rows further down; equal layers share them."""
+    return tuple((start + by, stop + by) for start, stop in rows)
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Site:
     variant: which of the pattern's alternative forms was met.   between: the operations between the matrices, in order.
     block_size: columns that must be kept or dropped together (1 for single columns), None where all are coupled.
     full_rank: number of features that a group (head) has; `groups`: number of such groups (1 for an MLP).
+    copies: how many equal sites this stands for while it is solved, one for each expert of the tensors that hold them
+    all; in an analysis each of them is a site of its own.
     decomposition: None where the site is refused; `reason` says why it was taken or refused.
     """
 
@@ -57,6 +75,22 @@ class Site:
     layer: int | None
     groups: int
     full_rank: int
+    copies: int = 1
+
+    def apart(self) -> tuple["Site", ...]:
+        """The sites that this stands for: itself, or one for each expert, by number."""
+        if self.copies == 1:
+            return (self,)
+        path, _, pattern = self.id.rpartition(":")
+        return tuple(
+            replace(
+                self,
+                id=f"{path}.{copy}:{pattern}",
+                roles={name: role.of_copy(copy) for name, role in self.roles.items()},
+                copies=1,
+            )
+            for copy in range(self.copies)
+        )
 
 
 @dataclass(frozen=True)

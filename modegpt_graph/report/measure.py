@@ -56,8 +56,13 @@ def _sites(modules: Sequence[SiteModule], solutions: Mapping[str, Solution]) -> 
         solution = solutions.get(placed.site.id)
         rank = layout.size if solution is None else rank_of(solution.kept, layout)
         error = 0.0 if solution is None else solution.relative_error
-        before = item.removed(0)
-        found.append(SiteOutcome(item.id, rank, layout.size, error, before, before - item.removed(rank)))
+        sites = placed.site.apart()
+        before, removed = item.removed(0) // len(sites), item.removed(rank) // len(sites)
+        for number, site in enumerate(sites):
+            tokens = None
+            if solution is not None and solution.experts:
+                error, tokens = solution.experts[number].relative_error, solution.experts[number].tokens
+            found.append(SiteOutcome(site.id, rank, layout.size, error, before, before - removed, tokens))
     return tuple(found)
 
 

@@ -14,6 +14,7 @@ class SiteOutcome:
     id: of the site.   rank: features kept in each group (head), of `full_rank`.
     relative_error: squared error of the pair's output on the calibration set over its squared norm.
     parameters_before, parameters_after: of the matrices and biases in the site's roles.
+    tokens: calibration tokens that were routed to an expert; None for any other site, which saw them all.
     """
 
     id: str
@@ -22,6 +23,7 @@ class SiteOutcome:
     relative_error: float | None
     parameters_before: int
     parameters_after: int
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ class SiteJson(Strict):
 
 
 class CompressedSiteJson(SiteJson):
-    """`rank` of `full_rank` features in each of `groups` groups; None for a site that was left alone."""
+    """`rank` of `full_rank` features in each of `groups` groups; None for a site that was left alone.
+
+    tokens: calibration tokens that reached an expert, None for other sites.
+    """
 
     layer: int | None
     groups: int
@@ -73,6 +76,7 @@ class CompressedSiteJson(SiteJson):
     relative_error: float | None
     parameters_before: int | None
     parameters_after: int | None
+    tokens: int | None = None
 
 
 class UnmatchedJson(Strict):
@@ -198,7 +202,7 @@ def _site(site: Site) -> dict[str, Any]:
 
 
 def _site_outcome(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
-    added = ("rank", "relative_error", "parameters_before", "parameters_after")
+    added = ("rank", "relative_error", "parameters_before", "parameters_after", "tokens")
     place = {"layer": site.layer, "groups": site.groups, "full_rank": site.full_rank}
     return place | {name: None if outcome is None else getattr(outcome, name) for name in added}
 
@@ -265,6 +269,7 @@ def _read_outcome(report: CompressionReportJson) -> CompressionOutcome:
                 relative_error=site.relative_error,
                 parameters_before=site.parameters_before or 0,
                 parameters_after=site.parameters_after or 0,
+                tokens=site.tokens,
             )
             for site in report.sites
             if site.rank is not None

@@ -1,6 +1,6 @@
 """Put decompositions into a model: smaller matrices, and forward methods that fit them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,17 @@ class _Matrix:
     rows: Tensor
     columns: Tensor
 
+    @classmethod
+    def of(cls, linear: Linear, module: nn.Module, copy: int) -> "_Matrix":
+        """The matrix of a product as it is; `copy`: which expert's, where the parameter holds several."""
+        weight = module.get_parameter(linear.weight).detach()
+        bias = module.get_parameter(linear.bias).detach() if linear.bias else None
+        if linear.copies > 1:
+            weight, bias = weight[copy], None if bias is None else bias[copy]
+        weight = weight.T if linear.transposed else weight
+        rows, columns = (torch.arange(size) for size in weight.shape)
+        return cls(linear, weight.clone(), None if bias is None else bias.clone(), rows, columns)
+
     def finished(self) -> tuple[Tensor, Tensor | None]:
         weight = self.weight[self.rows][:, self.columns]
         return weight, None if self.bias is None else self.bias[self.rows]
@@ -79,7 +90,7 @@ def _rewrite_module(
     edits = shrink(one.region, one.flow, selection)
     matrices = _matrices(module, one, placed, solutions, selection, edits)
     converts = not edits.empty
-    resized = dict(_replace(module, matrix, converts) for matrix in matrices.values())
+    resized = dict(_replace(module, copies, converts) for copies in matrices.values())
     if edits.empty:
         return RewrittenModule(one.path, None, None, resized)
     forward = emit(one.trace, edits, [path for path, shape in resized.items() if shape.is_linear])
@@ -104,16 +115,16 @@ def linear_path(linear: Linear) -> str:
 def _labels(one: SiteModule, placed: Placed) -> dict[str, Tensor]:
     """Selected role → (G, g, d) labels of its rows, in the labels of the whole module."""
     producers = placed.footprint.outline.producers
-    return {
-        role: placed.footprint.layout.members[role] + one.offsets[linear.weight] for role, linear in producers.items()
-    }
+    return {role: placed.footprint.one.members[role] + one.offsets[linear.weight] for role, linear in producers.items()}
 
 
 def _merged(one: SiteModule, placed: list[Placed], solutions: Mapping[str, Solution]) -> Selection:
     count = one.flow.classes.count
     merged = Selection.everything(count)
     for p in placed:
-        own = selection_of(p.footprint.layout, solutions[p.site.id].kept, _labels(one, p), count)
+        # Experts of one tensor keep equally many features in the same places: one of them speaks for all.
+        solution = solutions[p.site.id].of_copy(0) if p.footprint.outline.copies > 1 else solutions[p.site.id]
+        own = selection_of(p.footprint.one, solution.kept, _labels(one, p), count)
         merged = Selection(
             merged.keep & own.keep, torch.where(own.source != torch.arange(count), own.source, merged.source)
         )
@@ -127,32 +138,28 @@ def _matrices(
     solutions: Mapping[str, Solution],
     selection: Selection,
     edits: Edits,
-) -> dict[str, _Matrix]:
-    matrices: dict[str, _Matrix] = {}
+) -> dict[str, list[_Matrix]]:
+    """Weight name → what its matrix becomes, or the matrices of all experts in it."""
+    matrices: dict[str, list[_Matrix]] = {}
 
-    def matrix(linear: Linear) -> _Matrix:
+    def matrix(linear: Linear, copy: int) -> _Matrix:
         if linear.weight not in matrices:
-            weight = module.get_parameter(linear.weight).detach()
-            weight = weight.T if linear.transposed else weight
-            bias = module.get_parameter(linear.bias).detach() if linear.bias else None
-            rows, columns = (torch.arange(size) for size in weight.shape)
-            matrices[linear.weight] = _Matrix(
-                linear, weight.clone(), None if bias is None else bias.clone(), rows, columns
-            )
-        return matrices[linear.weight]
+            matrices[linear.weight] = [_Matrix.of(linear, module, number) for number in range(linear.copies)]
+        return matrices[linear.weight][copy]
 
     for p in placed:
-        solution, layout = solutions[p.site.id], p.footprint.layout
-        places, sources = slots(layout, [kept.shape[1] for kept in solution.kept]), taken(layout, solution.kept)
-        for role, linear in p.footprint.outline.producers.items():
-            _select_rows(matrix(linear), layout.members[role], places, sources, solution.maps.get(role))
-        for role, linear in p.footprint.outline.consumers.items():
-            _select_columns(matrix(linear), layout.members[role], places, sources, solution.refits.get(role))
+        layout, copies = p.footprint.one, p.footprint.outline.copies
+        for copy in range(copies):
+            solution = solutions[p.site.id] if copies == 1 else solutions[p.site.id].of_copy(copy)
+            places, sources = slots(layout, [kept.shape[1] for kept in solution.kept]), taken(layout, solution.kept)
+            for role, linear in p.footprint.outline.producers.items():
+                _select_rows(matrix(linear, copy), layout.members[role], places, sources, solution.maps.get(role))
+            for role, linear in p.footprint.outline.consumers.items():
+                _select_columns(matrix(linear, copy), layout.members[role], places, sources, solution.refits.get(role))
     for weight in one.producers:
-        if weight in matrices:
+        for own in matrices.get(weight, ()):
             first = one.offsets[weight]
-            kept = selection.keep[first : first + matrices[weight].weight.shape[0]]
-            matrices[weight].rows = kept.nonzero().flatten()
+            own.rows = selection.keep[first : first + own.weight.shape[0]].nonzero().flatten()
     return matrices
 
 
@@ -194,14 +201,15 @@ def _select_columns(
     matrix.columns = untouched.nonzero().flatten()
 
 
-def _replace(module: nn.Module, matrix: _Matrix, converts: bool) -> tuple[str, Resized]:
-    """Put a finished matrix back under its old name, as an `nn.Linear` where its module is nothing but that."""
-    weight, bias = matrix.finished()
-    path = linear_path(matrix.linear)
+def _replace(module: nn.Module, copies: Sequence[_Matrix], converts: bool) -> tuple[str, Resized]:
+    """Put finished matrices back under their old name, as an `nn.Linear` where the module is nothing but that."""
+    linear = copies[0].linear
+    weight, bias = copies[0].finished() if linear.copies == 1 else _stacked(copies)
+    path = linear_path(linear)
     owner = module.get_submodule(path)
     plain = {name for name, _ in owner.named_parameters(recurse=False)} <= {"weight", "bias"}
-    is_linear = type(owner) is nn.Linear or (converts and plain and bool(path))
-    shape = Resized(weight.shape[0], weight.shape[1], bias is not None, is_linear)
+    is_linear = type(owner) is nn.Linear or (converts and plain and bool(path) and weight.ndim == 2)
+    shape = Resized(weight.shape[-2], weight.shape[-1], bias is not None, is_linear)
     if is_linear:
         new = nn.Linear(shape.in_features, shape.out_features, shape.bias, device="meta")  # no random weights are drawn
         new.weight = nn.Parameter(weight, requires_grad=False)
@@ -211,8 +219,13 @@ def _replace(module: nn.Module, matrix: _Matrix, converts: bool) -> tuple[str, R
         parent, _, name = path.rpartition(".")
         setattr(module.get_submodule(parent), name, new)
     else:
-        stored = weight.T.contiguous() if matrix.linear.transposed else weight
-        setattr(owner, matrix.linear.weight.rpartition(".")[2], nn.Parameter(stored, requires_grad=False))
-        if bias is not None and matrix.linear.bias is not None:
-            setattr(owner, matrix.linear.bias.rpartition(".")[2], nn.Parameter(bias, requires_grad=False))
+        stored = weight.mT.contiguous() if linear.transposed else weight
+        setattr(owner, linear.weight.rpartition(".")[2], nn.Parameter(stored, requires_grad=False))
+        if bias is not None and linear.bias is not None:
+            setattr(owner, linear.bias.rpartition(".")[2], nn.Parameter(bias, requires_grad=False))
     return path, shape
+
+
+def _stacked(copies: Sequence[_Matrix]) -> tuple[Tensor, Tensor | None]:
+    weights, biases = zip(*(one.finished() for one in copies), strict=True)
+    return torch.stack(weights), None if biases[0] is None else torch.stack(biases)

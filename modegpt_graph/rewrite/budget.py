@@ -1,11 +1,14 @@
 """What each rank of a site costs, and what a model weighs."""
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
 
 from modegpt_graph.allocate.budget import Item
 from modegpt_graph.match.modules import Placed, SiteModule
+
+GROUPED_MULTIPLE = 8  # kernels that multiply all experts at once read rows of whole 16 bytes: 8 numbers of 2 bytes
 
 
 def site_items(modules: Sequence[SiteModule]) -> tuple[Item, ...]:
@@ -16,12 +19,14 @@ def site_items(modules: Sequence[SiteModule]) -> tuple[Item, ...]:
 def _item(one: SiteModule, placed: Placed) -> Item:
     layout, outline = placed.footprint.layout, placed.footprint.outline
     cost = 0
-    for role, linear in {**outline.producers, **outline.consumers}.items():
+    for role, linear in outline.linears.items():
         rows, columns = linear.shape(tuple(one.trace.module.get_parameter(linear.weight).shape))
         across = columns if role in outline.producers else rows
         cost += layout.members[role].shape[0] * layout.members[role].shape[1] * across
     smallest = sum(kind.block_size for kind in layout.kinds)
     multiple = layout.kinds[0].block_size if len(layout.kinds) == 1 else 1
+    if outline.copies > 1:
+        multiple = math.lcm(multiple, GROUPED_MULTIPLE)
     return Item(placed.site.id, placed.site.layer, layout.size, cost, minimum=smallest, multiple=multiple)
 
 

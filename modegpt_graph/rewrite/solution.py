@@ -10,6 +10,14 @@ from modegpt_graph.flow.layout import Layout
 
 
 @dataclass(frozen=True)
+class ExpertFit:
+    """How one expert fared: its error over the tokens that were routed to it, None where there were none."""
+
+    relative_error: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Solution:
     """A site's decomposition.
 
@@ -18,12 +26,26 @@ class Solution:
     refits: refitted role → (weight (G, g, k, D), bias (D,) or None): its rows for the new features; without one, the
     rows of the kept features.
     relative_error: squared error of the pair's output on the calibration set, relative to the output.
+    Where experts are solved together, each is a group, a bias is (G, D), and `experts` tells how each of them fared.
     """
 
     kept: tuple[Tensor, ...]
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     refits: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     relative_error: float | None = None
+    experts: tuple["ExpertFit", ...] = ()
+
+    def of_copy(self, copy: int) -> "Solution":
+        """What is done at one of the experts that are solved together."""
+        return Solution(
+            tuple(kept[copy : copy + 1] for kept in self.kept),
+            {role: mapped[copy : copy + 1] for role, mapped in self.maps.items()},
+            {
+                role: (weight[copy : copy + 1], None if bias is None else bias[copy])
+                for role, (weight, bias) in self.refits.items()
+            },
+            self.experts[copy].relative_error if self.experts else None,
+        )
 
 
 def slots(layout: Layout, counts: Sequence[int]) -> Tensor:

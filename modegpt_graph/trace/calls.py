@@ -34,6 +34,7 @@ class Call:
     dynamic: per tensor, the axes whose size follows the batch or the number of tokens.
     length: (tensor, axis) whose size is that of all tokens so far, where the call has one.
     cache_layers: the layer numbers under which the call updated the cache, in order.
+    positional: names of the arguments that were given by position.
     """
 
     arguments: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Call:
     length: tuple[int, int] | None
     has_cache: bool
     cache_layers: tuple[int, ...] = ()
+    positional: tuple[str, ...] = ()
 
     def inputs(self) -> list[tuple[Path, int]]:
         """Where each tensor stands among the arguments: (path, index into `tensors`)."""
@@ -88,6 +90,7 @@ class _Seen:
     extra: tuple[str, ...]
     tensors: list[Tensor]
     cache_layers: list[int]
+    positional: tuple[str, ...]
 
 
 @contextmanager
@@ -126,7 +129,9 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
             return Slot(len(tensors) - 1)
         return CacheSlot(value) if is_cache(value) else value
 
-    return _Seen(pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors, [])
+    named = [name for name in bound.arguments if not name.startswith("*")][: len(args)]
+    positional = tuple(name for name in named if name in arguments)
+    return _Seen(pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors, [], positional)
 
 
 def _run(
@@ -236,7 +241,6 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
         length = _length_axis(dynamic, (tensors, others), (first, second))
         leaves = pytree.tree_leaves(arguments, is_leaf=_is_leaf)
         has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
-        calls[name] = Call(
-            arguments, extra, tuple(tensors), dynamic, length, has_cache, tuple(runs[0][name].cache_layers)
-        )
+        layers, positional = tuple(runs[0][name].cache_layers), runs[0][name].positional
+        calls[name] = Call(arguments, extra, tuple(tensors), dynamic, length, has_cache, layers, positional)
     return calls

@@ -72,7 +72,9 @@ class _Called(nn.Module):
         arguments = pytree.tree_map(fill, dict(call.arguments), is_leaf=lambda x: isinstance(x, (Slot, CacheSlot)))
         positional = next((name for name in arguments if name.startswith("*")), None)
         starred = arguments.pop(positional) if positional else ()
-        output = self.module(*starred, **arguments)
+        # A method may be wrapped by one that calls its parameters otherwise: what was given by position stays so.
+        leading = [arguments.pop(name) for name in call.positional]
+        output = self.module(*leading, *starred, **arguments)
         returned: list[Tensor] = []
 
         def place(leaf: object) -> object:

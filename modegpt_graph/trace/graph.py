@@ -12,7 +12,7 @@ import networkx
 from torch import fx, nn
 
 from modegpt_graph.trace.export import Trace
-from modegpt_graph.trace.linear import Linear, find_linear
+from modegpt_graph.trace.linear import Linear, find_linears
 from modegpt_graph.trace.operations import Effect, data_operands, effect, is_data, operation
 
 ELEMENTWISE = frozenset({Effect.LINEAR_UNARY, Effect.UNARY, Effect.SUM, Effect.PRODUCT})
@@ -25,7 +25,7 @@ class Graph:
 
     nodes: networkx graph; a node has `operation`, `effect`, `operands` (its predecessors in order), `fx` (the traced
     node), `carries` (whether it depends on a product with a weight matrix), and `linear` where it is one.
-    linears: weight name → the nodes that multiply by it, in order.
+    linears: weight name → the nodes that multiply by it, in order; all experts in one tensor are one node.
     """
 
     trace: Trace
@@ -69,7 +69,8 @@ class Graph:
 
 def normalise(trace: Trace) -> Graph:
     """Build the normalised graph of a trace."""
-    parameters = frozenset(name for name, p in trace.module.named_parameters(remove_duplicate=False) if p.ndim == 2)
+    products = find_linears(trace)
+    inner = {node for linear in products.values() for node in linear.inner}
     graph = networkx.DiGraph()
     linears: dict[str, list[str]] = {}
     names: dict[fx.Node, str] = {}
@@ -84,11 +85,11 @@ def normalise(trace: Trace) -> Graph:
         return key
 
     for node in trace.graph.nodes:
-        if not is_data(node):
+        if not is_data(node) or node in inner:
             continue
         operands = [names[operand] for operand in data_operands(node) if operand in names]
         kind, name = effect(node), operation(node)
-        linear = find_linear(node, trace, parameters)
+        linear = products.get(node)
         if linear is not None:
             names[node] = add(node.name, node, "linear", Effect.LINEAR, [names[linear.source]], linear=linear)
             linears.setdefault(linear.weight, []).append(node.name)

@@ -198,10 +198,44 @@ def test_every_matrix_is_in_one_place(library_survey: Surveyed, name: str) -> No
         assert analysis.coverage == 1.0
 
 
-def test_experts_in_one_tensor_are_left_with_a_reason(library_survey: Surveyed) -> None:
-    reasons = {one.parameter: one.reason for one in library_survey("mixtral").analysis.unmatched}
-    assert reasons["model.layers.0.mlp.experts.down_proj"].startswith("it holds 4 matrices of 32×48 in one tensor")
-    assert "its product goes to `softmax`" in reasons["model.layers.0.mlp.gate.weight"]
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "gate", "up"),
+    [
+        ("mixtral", "activated", range(48), range(48, 96)),
+        ("qwen2-moe", "activated", range(16), range(16, 32)),
+        ("gpt-oss", "activated-twice", range(1, 96, 2), range(0, 96, 2)),
+    ],
+)
+def test_every_expert_of_a_tensor_is_a_site(
+    library_survey: Surveyed, name: str, variant: str, gate: range, up: range
+) -> None:
+    """The rows of all experts of a tensor are numbered through, whichever way it is stored."""
+    sites = [site for site in library_survey(name).analysis.sites if site.id.startswith(EXPERTS)]
+    assert [site.id for site in sites] == [f"{EXPERTS}.{expert}:gated-mlp" for expert in range(4)]
+    for expert, site in enumerate(sites):
+        assert (site.type, site.commutant, site.decomposition) == ("I", "columns", "nystrom")
+        assert (site.variant, site.full_rank, site.groups) == (variant, len(gate), 1)
+        assert site.certificate.method == "both"
+        assert site.certificate.holds
+        assert site.roles["gate"].parameter == site.roles["up"].parameter == f"{EXPERTS}.gate_up_proj"
+        assert rows(site, "gate") == [2 * len(gate) * expert + row for row in gate]
+        assert rows(site, "up") == [2 * len(gate) * expert + row for row in up]
+        assert site.roles["down"].parameter == f"{EXPERTS}.down_proj"
+        assert rows(site, "down") == list(range(32 * expert, 32 * (expert + 1)))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "gpt-oss"])
+def test_all_but_the_routers_is_covered_once(library_survey: Surveyed, name: str) -> None:
+    surveyed = library_survey(name)
+    model = surveyed.located[0].outline.graph.trace.module
+    left = [one for one in surveyed.analysis.unmatched if not one.parameter.endswith("bias")]
+    routers = sum(model.get_parameter(one.parameter).numel() for one in left)
+    assert all("its product goes to" in one.reason for one in left)
+    total = surveyed.analysis.model.decoder_linear_parameters
+    assert surveyed.analysis.coverage == pytest.approx(1 - routers / total)
 
 
 def test_a_shared_expert_is_a_site_beside_the_others(library_survey: Surveyed) -> None:

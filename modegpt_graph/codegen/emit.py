@@ -15,7 +15,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from modegpt_graph.codegen.expressions import EmitError, call, identifier, literal
+from modegpt_graph.codegen.gather import gathered
 from modegpt_graph.codegen.layout import atom, wrapped
+from modegpt_graph.flow.labels import shape_of
 from modegpt_graph.flow.shrink import Edits
 from modegpt_graph.trace.calls import CacheSlot
 from modegpt_graph.trace.export import Output, Trace
@@ -150,15 +152,7 @@ class _Writer:
             if gather is None:
                 return text
             index = self._buffer(f"index_{value.name}", gather.index)
-            if gather.index.ndim == 1:
-                return (
-                    f"{atom(text)}[..., {index}]"
-                    if gather.axis == -1
-                    else f"{atom(text)}.index_select({gather.axis}, {index})"
-                )
-            missing = gather.index.ndim - value.meta["val"].ndim
-            text = f"{atom(text)}[{'None, ' * missing}...]" if missing > 0 else text
-            return f"torch.take_along_dim({text}, {index}, dim={gather.axis})"
+            return gathered(text, index, gather, shape_of(value))
         if isinstance(value, torch.SymInt):
             return self._size(value)
         if isinstance(value, (list, tuple)):
@@ -322,16 +316,16 @@ class _Writer:
         self.text[node] = output
 
     def _one_head_size(self, operands: list[str]) -> list[str]:
-        """Pad queries and keys, or values, to one size: the fused kernels take no others, and without them a prompt
-        takes several times as long. A single new token is attended to as it is, so that the cache is never copied."""
+        """Pad queries and keys, or values, to one size: the fused kernels take no others, and what stands in for them
+        takes several times as long, for a prompt as for a single new token."""
         names = ["query", "key", "value"]
         self.lines += [f"{name} = {text}" for name, text in zip(names, operands, strict=True) if name != text]
         self.lines += [
             "head_size, value_size = max(query.size(-1), value.size(-1)), value.size(-1)",
-            "if query.size(-1) != value_size and query.size(-2) > 1:",
-            "    query, key, value = (",
-            "        nn.functional.pad(states, (0, head_size - states.size(-1))) for states in (query, key, value)",
-            "    )",
+            "if query.size(-1) < head_size:",
+            "    query, key = (nn.functional.pad(states, (0, head_size - states.size(-1))) for states in (query, key))",
+            "elif value_size < head_size:",
+            "    value = nn.functional.pad(value, (0, head_size - value_size))",
         ]
         return names
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.prepare import Surveyed
+from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import Progress
 
 
@@ -49,3 +51,13 @@ class Smaller:
 
 Pass = Callable[[float], Smaller]
 """A method that is ready: from the ratio asked for to a model. Raises ModegptError where it cannot be met."""
+
+
+def check_runs(model: nn.Module, setting: Setting) -> None:
+    """Raise Unavailable where a model's own code does not work with the modules that took the place of its own."""
+    try:
+        with torch.no_grad():
+            forward_logits(model, setting.tokens[:1, :2])
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unavailable(f"the model's own code does not run with its modules replaced: {reason[0]}") from error

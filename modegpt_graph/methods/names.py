@@ -21,5 +21,10 @@ METHODS: Mapping[str, Reference] = {
         "channels and heads with the smallest weight times input dropped", "arXiv 2306.11695"
     ),
     "flap": Reference("channels and heads that fluctuate least replaced by biases", "arXiv 2312.11983"),
+    "svd": Reference("every matrix replaced by its truncated SVD", "arXiv 1404.0736"),
+    "asvd": Reference("truncated SVD of matrices scaled by their inputs", "arXiv 2312.05821"),
+    "svd-llm": Reference("truncated SVD of whitened matrices", "arXiv 2403.07378"),
+    "slicegpt": Reference("residual stream rotated to its principal components and sliced", "arXiv 2401.15024"),
     "shortgpt": Reference("layers with the least block influence dropped", "arXiv 2403.03853"),
+    "sleb": Reference("layers dropped one by one, each time the least missed", "arXiv 2402.09025"),
 }

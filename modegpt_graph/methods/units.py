@@ -91,14 +91,13 @@ def _score_parameters(setting: Setting, placed: Placed) -> int:
     They are those of the attention scores in its layer, where the layer has one attention.
     """
     layer = [one for one in setting.surveyed.survey.located if one.site.layer == placed.site.layer]
-    scores = [one for one in layer if not one.outline.consumers]
-    mixes = [one for one in layer if one.outline.consumers and "mix" in one.outline.match.operations]
-    if len(scores) != 1 or len(mixes) != 1:
+    if sum("mix" in one.outline.match.operations for one in layer if one.outline.consumers) != 1:
         return 0
     count = 0
-    for role, linear in scores[0].outline.producers.items():
-        _, columns = linear.shape(tuple(setting.dense.get_parameter(linear.weight).shape))
-        count += columns * sum(stop - start for start, stop in scores[0].site.roles[role].rows)
+    for scores in (one for one in layer if not one.outline.consumers):
+        for role, linear in scores.outline.producers.items():
+            _, columns = linear.shape(tuple(setting.dense.get_parameter(linear.weight).shape))
+            count += columns * sum(stop - start for start, stop in scores.site.roles[role].rows)
     return count
 
 

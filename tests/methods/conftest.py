@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 from fixtures.families import family, tokens
+from torch import nn
 
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.match.decoder import decoder_layers
@@ -29,7 +30,11 @@ def setting() -> Callable[..., Setting]:
 
 
 def _setting(model: Any) -> Setting:
-    surveyed, ids = survey_model(resolve(model), read_patterns()), tokens(8, 32)
+    vocabulary = next(part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
+    ids = tokens(8, 32, vocabulary=vocabulary)
+    surveyed = survey_model(
+        resolve(model, example_inputs=None if hasattr(model, "config") else (ids,)), read_patterns()
+    )
     modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
     observed = calibrate(model, modules, layers, ids)
     sizes = matrix_sizes(surveyed.trace)

@@ -15,8 +15,8 @@ from modegpt_graph.rewrite.solve import Solver
 
 ALLOCATORS = ("curves", "block-influence", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives
-PROBE_WINDOWS, PROBE_WINDOW = 2, 128  # tokens that sites are weighed on
-PROBE_LAYERS = 16  # of each kind of site
+PROBE_WINDOWS, PROBE_WINDOW = 2, 192  # tokens that sites are weighed on
+PROBE_LAYERS = 32  # of each kind of site
 PROBE_RANK = 0.5  # share of the features that a site keeps while it is weighed
 
 
@@ -77,7 +77,9 @@ def site_weights(
         known = {item.layer or 0: divergences[item.id] for item in alike if item.id in divergences}
         for item in alike:
             divergence = divergences.get(item.id, interpolated(known, item.layer or 0))
-            weights[item.id] = divergence / max(float(solvers[item.id].errors[half[item.id]]), 1e-12)
+            probe = probes.get(item.id)
+            error = float(solvers[item.id].errors[half[item.id]]) if probe is None else probe.relative_error
+            weights[item.id] = divergence / max(error or 0.0, 1e-12)
     return weights
 
 

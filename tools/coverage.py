@@ -33,12 +33,8 @@ Row = dict[str, Any]
 
 def examine(kind: str, *, analyze_only: bool = False) -> Row:
     """One row of the table: how far a type gets, and the reason where it stops."""
-    import torch
-
     from modegpt_graph.errors import ModegptError
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     row: Row = {"type": kind, "stopped": None, "unexpected": False, "seconds": {}}
     steps: list[tuple[str, Callable[[Row], None]]] = [("build", _build), ("analyze", _analyze)]
     if not analyze_only:
@@ -46,7 +42,9 @@ def examine(kind: str, *, analyze_only: bool = False) -> Row:
     for name, step in steps:
         start = time.perf_counter()
         try:
-            step(row)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the library's own, of its tiny configurations
+                step(row)
         except Exception as error:  # a sweep says of everything how it ended
             row["stopped"] = f"{name}: {_one_line(error)}"
             row["unexpected"] = name != "build" and not isinstance(error, ModegptError)
@@ -79,9 +77,7 @@ def _analyze(row: Row) -> None:
 
     surveyed = survey_model(resolve(row["_"]["model"]), read_patterns())
     found = surveyed.survey.analysis
-    attending, layers = _attention(surveyed.trace)
-    row["attention"] = "all" if attending == layers else "some" if attending else "none"
-    row["layers"] = layers
+    row["attention"] = _attention(surveyed.trace)
     row["decoder_linear_parameters"] = found.model.decoder_linear_parameters
     row["coverage"] = round(found.coverage, 4)
     row["sites"] = dict(
@@ -91,19 +87,22 @@ def _analyze(row: Row) -> None:
     row["unmatched"] = _counted(f"{_unnumbered(one.parameter)}: {one.reason}" for one in found.unmatched)
 
 
-def _attention(trace: Any) -> tuple[int, int]:
-    """(decoder layers that mix positions by a softmax over scores, decoder layers)."""
+def _attention(trace: Any) -> str:
+    """How positions are mixed: by a softmax over scores in all layers and by nothing else, in some, or in none."""
     from modegpt_graph.match.decoder import decoder_layers
     from modegpt_graph.trace.graph import normalise
 
     layers = decoder_layers(trace)
     graph = normalise(trace)
-    paths = set()
+    attending, others = set(), False
     for key in graph.nodes:
+        others |= "conv" in graph.operation(key)
         if graph.operation(key) == "mix":
             stack = graph.traced(key).meta.get("nn_module_stack") or {}
-            paths |= {where.removeprefix("module.") for where, _ in stack.values()}
-    return sum(layer in paths or layer == "" for layer in layers) if paths else 0, len(layers)
+            attending |= {where.removeprefix("module.") for where, _ in stack.values()} | {""}
+    if not attending:
+        return "none"
+    return "all" if attending.issuperset(layers) and not others else "some"
 
 
 def _counted(reasons: Iterable[str]) -> dict[str, int]:
@@ -161,6 +160,9 @@ def _generated(model: Any, tokens: Any) -> Any:
 
 
 def _in_child(kind: str, analyze_only: bool, connection: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
     connection.send(examine(kind, analyze_only=analyze_only))
     connection.close()
 

@@ -97,6 +97,7 @@ ROTARY_SECTIONS = {
 
 # type → what its configuration needs beside the shrinking: figures without a default, or that must fit others
 FIGURES: dict[str, dict[str, Any]] = {
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "blt": BYTES,
     "cohere_compass_text": ROTARY_SECTIONS,
     "dbrx": {
@@ -108,6 +109,7 @@ FIGURES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma4_assistant": {"text_config": ASSISTANT},
     "gemma4_unified_assistant": {"text_config": ASSISTANT},
+    "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},

@@ -58,7 +58,7 @@ def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = N
                 return labels[value]
             example = value.meta["val"]
             constant = constant_of(value)
-            if constant is not None:
+            if constant is not None and not constant.is_floating_point():  # positions, not features
                 return constant
             if isinstance(example, Tensor):
                 return torch.full(shape_of(value), -1)

@@ -85,7 +85,7 @@ def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) 
                 examined[signature] = _examine(sketch)
             sketches.append((key, group, sketch, examined[signature]))
     # A site whose rows are not known claims whole matrices: it comes last, and takes what no other site has.
-    for (pattern, *weights), group, sketch, result in sorted(sketches, key=lambda one: one[3].layout is None):
+    for (pattern, *weights), group, sketch, result in sorted(sketches, key=_claim):
         reused = {graph.linears[weight][0]: len(graph.linears[weight]) for _, weight in weights}
         if any(count != len(group) for count in reused.values()):
             result = _Examined(
@@ -100,6 +100,15 @@ def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) 
         identity = _identity(pattern, roles, identities)
         located.append(Located(_site(identity, sketch, result, roles, layer), sketch, result.layout))
     return sorted(located, key=lambda one: (one.site.layer, graph.place(one.outline.end)))
+
+
+def _claim(found: tuple[object, object, Outline, _Examined]) -> tuple[bool, int]:
+    """Order in which sites claim their matrices: of those whose rows are not known, the largest first."""
+    _, _, sketch, result = found
+    model = sketch.graph.trace.module
+    linears = {**sketch.producers, **sketch.consumers}.values()
+    size = sum(model.get_parameter(linear.weight).numel() for linear in linears)
+    return result.layout is None, -size if result.layout is None else 0
 
 
 def _group_by_matrices(graph: Graph, matches: Iterable[Match]) -> dict[tuple, list[Match]]:

@@ -17,6 +17,7 @@ from modegpt_graph.trace.operations import Effect
 
 LARGEST_PRODUCT = 6
 MOST_TRIES = 5_000  # of parts of one formula at one node: the orders of products within products multiply
+MOST_IN_A_CHAIN = 64  # operations behind which a product or an attention is looked for
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,17 @@ class Matcher:
             for argument, operand in zip(form.arguments, self.graph.operands(found), strict=False):
                 state = self._match(argument, operand, state, pattern)
             return state
+        inner = form.arguments[0]
         if kind == "elementwise":
             source = self._elementwise_source(form, key, state)
+        elif isinstance(inner, Combine) or (isinstance(inner, Apply) and inner.name in OPERATIONS):
+            return self._match_behind_chain(form, inner, key, state, pattern)
         else:
             source = self._chain_source(form, key, state)
-            inner = form.arguments[0]
             if isinstance(inner, Apply):
                 state.values[inner.name] = key
         state.matched += 1
-        return self._match(form.arguments[0], source, state, pattern)
+        return self._match(inner, source, state, pattern)
 
     def _match_name(self, form: Name, key: str, state: _State) -> _State:
         if form.name == "_":
@@ -252,6 +255,49 @@ class Matcher:
             names = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
             raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names})", state)
         return next(iter(sources))
+
+    def _match_behind_chain(
+        self, form: Apply, inner: Combine | Apply, key: str, state: _State, pattern: Pattern
+    ) -> _State:
+        """Match `inner` at the nearest value that everything in `key` comes from."""
+        best = _Stopped(key, f"`{inner}` behind `{form.name}`", self._describe(self.through_moves(key)), state)
+        wanted = inner.name if isinstance(inner, Apply) else "mul" if inner.operator == "*" else "add"
+        for node in self._behind(key):
+            if self.graph.operation(node) == wanted and self._source_of_all(key, node):
+                attempt = state.copy()
+                attempt.matched += 1
+                try:
+                    return self._match(inner, node, attempt, pattern)
+                except _Stopped as stop:
+                    if stop.state.matched > best.state.matched + 1:
+                        best = stop
+        raise best
+
+    def _behind(self, key: str) -> list[str]:
+        """What a value is computed from, back to products with matrices, the nearest first."""
+        found, queue = {key}, [key]
+        for node in queue:
+            for operand in self.graph.operands(node):
+                if self.graph.linear(operand) is None and self.graph.carries(operand) and operand not in found:
+                    found.add(operand)
+                    queue.append(operand)
+            if len(found) > MOST_IN_A_CHAIN:
+                break
+        return queue[1:]
+
+    def _source_of_all(self, key: str, source: str) -> bool:
+        """Whether every way from `key` back to a matrix passes `source`, and some operation stands between."""
+        queue, seen, steps = [key], {source}, 0
+        while queue:
+            node = queue.pop()
+            if node in seen or not self.graph.carries(node):
+                continue
+            if self.graph.linear(node) is not None:
+                return False
+            seen.add(node)
+            steps += self.graph.effect(node) is not Effect.MOVE
+            queue += self.graph.operands(node)
+        return steps > 0
 
     def _weight(self, key: str) -> str:
         linear = self.graph.linear(key)

@@ -11,6 +11,7 @@ from modegpt_graph.trace.graph import ELEMENTWISE, Graph
 from modegpt_graph.trace.operations import Effect, effect, is_data, operation
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "convolution", "conv_transpose1d"})
+_ON_ELEMENTS = ELEMENTWISE | {Effect.MOVE, Effect.SAME, Effect.REDUCE}
 _MOST_READERS = 4
 
 
@@ -37,22 +38,41 @@ def explain(graph: Graph, parameter: str, misses: Iterable[Miss], in_sites: Coll
 
     near = [miss for miss in misses if keys & set(miss.linears.values())]
     best = max(near, key=lambda miss: (not others(miss), len(miss.beyond_first), miss.matched), default=None)
+    reads = _names(node for key in keys for node in _readers(graph.traced(key)))
+    if any(_chooses(graph.traced(key)) for key in keys):
+        reason = f"its product goes to {reads} and is ranked to choose among experts or positions: it is left as it is"
+        return Unmatched(parameter, None, reason)
     if best is not None and best.beyond_first and not others(best):
         return Unmatched(parameter, best.pattern, str(best))
-    reads = _names(node for key in keys for node in _readers(graph.traced(key)))
     written = _names(node for key in keys for node in _writers(graph, key))
     surroundings = f"it multiplies what comes from {written}, and its product goes to {reads}"
     if best is None:
         return Unmatched(parameter, None, f"no pattern reaches it: {surroundings}")
     role = next(role for role, key in best.linears.items() if key in keys)
-    return Unmatched(parameter, best.pattern, f"no pattern has a place for it: {surroundings}; as `{role}`: {best}")
+    nearest = f"; as `{role}`: {best}" if best.beyond_first else ""
+    return Unmatched(parameter, best.pattern, f"no pattern has a place for it: {surroundings}{nearest}")
+
+
+def _chooses(start: fx.Node) -> bool:
+    """Whether a product goes, through operations on its elements alone, to where the largest are chosen."""
+    seen, queue = {start}, [start]
+    while queue:
+        for user in queue.pop().users:
+            if operation(user) in ("topk", "sort", "argsort"):
+                return True
+            if user not in seen and effect(user) in _ON_ELEMENTS:
+                seen.add(user)
+                queue.append(user)
+    return False
 
 
 def _not_one_matrix(graph: Graph, parameter: str) -> str:
     shape = tuple(graph.trace.module.get_parameter(parameter).shape)
     readers = _readers(_placeholder(graph, parameter))
+    if not readers:
+        return "nothing in the traced call reads it: it belongs to a branch that token ids alone do not reach"
     names = _names(readers)
-    if readers and all(effect(node) in ELEMENTWISE for node in readers):
+    if all(effect(node) in ELEMENTWISE for node in readers):
         return f"it is no matrix of a linear map: its values are used one by one, by {names}"
     if any(operation(node) in _CONVOLUTIONS for node in readers):
         return f"it is the kernel of a convolution over positions ({names}), which no pattern reaches through"

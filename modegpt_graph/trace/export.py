@@ -1,5 +1,6 @@
 """A module, called as its model calls it, as one FX graph of ATen operations with the opaque calls in place."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,8 +106,7 @@ def export(module: nn.Module, call: Call) -> Trace:
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
     except Exception as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TraceError(f"{type(module).__name__}: torch.export stopped: {reason}") from error
+        raise TraceError(f"{type(module).__name__}: {_reason(error)}") from error
     inputs, state, constants = {}, {}, {}
     names = _first_names(module)
     for spec in program.graph_signature.input_specs:
@@ -122,6 +122,16 @@ def export(module: nn.Module, call: Call) -> Trace:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]
     return Trace(module, call, program.graph, inputs, state, constants, tuple(recorder.calls), recorder.output)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "data-dependent" in text:
+        places = re.findall(r'File "(?:.*/)?([^/"]+)", line (\d+), in forward', text)
+        where = f" ({':'.join(places[-1])})" if places else ""
+        return f"torch.export stopped: the forward pass branches on values that it computes{where}"
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"torch.export stopped: {first}"
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:

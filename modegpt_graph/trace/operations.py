@@ -32,7 +32,7 @@ _TABLE: dict[Effect, str] = {
         select split split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten
         unflatten roll
         flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
-        broadcast_to index slice_scatter select_scatter copy""",
+        broadcast_to index numpy_T unfold slice_scatter select_scatter copy""",
     Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as
         native_dropout feature_dropout""",
     Effect.LINEAR_UNARY: "neg",
@@ -57,6 +57,8 @@ _TABLE: dict[Effect, str] = {
     Effect.SIZE: """sym_size _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range
         sym_constrain_range_for_size""",
 }
+# Operations whose name stands for two things are told by their overload: `max(x)` reduces, `max(x, y)` does not.
+_OVERLOADS: dict[tuple[str, str], Effect] = {("min", "other"): Effect.PRODUCT, ("max", "other"): Effect.PRODUCT}
 _LIKE_ANOTHER = frozenset({"type_as", "view_as", "expand_as", "reshape_as"})
 EFFECTS: dict[str, Effect] = {name: effect for effect, names in _TABLE.items() for name in names.split()}
 
@@ -74,7 +76,8 @@ def effect(node: fx.Node) -> Effect:
     if node.op != "call_function":
         return Effect.UNKNOWN
     name = operation(node)
-    return EFFECTS.get(name) or EFFECTS.get(name.removesuffix("_"), Effect.UNKNOWN)
+    overload = _OVERLOADS.get((name, getattr(node.target, "_overloadname", "")))
+    return overload or EFFECTS.get(name) or EFFECTS.get(name.removesuffix("_"), Effect.UNKNOWN)
 
 
 def data_operands(node: fx.Node) -> list[fx.Node]:

@@ -15,7 +15,7 @@ from modegpt_graph.commands import runtime
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.report.schema import to_json
 
-COMMANDS = ("analyze", "compress", "verify", "eval", "explain", "patterns")
+COMMANDS = ("analyze", "compress", "verify", "eval", "compare", "explain", "patterns")
 
 
 @pytest.fixture
@@ -90,6 +90,13 @@ COMPRESS = ("compress", "demo", "--out", "small", "--ratio")
         (("eval", "demo"), "Missing option '--text'"),
         (("eval", "demo", "--text", "no.txt"), "--text no.txt: there is no such file"),
         (("eval", "demo", "--text", "wikitext2", "--windows", "0"), "--windows 0 is too small"),
+        (("compare", "demo", "--methods", "ours,slice-gpt"), "there is no method 'slice-gpt'; did you mean slicegpt?"),
+        (("compare", "demo", "--methods", "best"), "there is no method 'best'; known: ours, paper"),
+        (("compare", "demo", "--methods", ","), "--methods names none"),
+        (("compare", "demo", "--ratios", "0.2,much"), "--ratios: 'much' is no number"),
+        (("compare", "demo", "--ratios", "0.2,30"), "--ratios 30 is outside (0, 0.95]; did you mean 0.3?"),
+        (("compare", "demo", "--text", "no.txt"), "--text no.txt: there is no such file"),
+        (("compare", "demo", "--calib", "no.txt"), "--calib no.txt: there is no such file"),
         (("explain", "nowhere"), "there is no folder nowhere"),
         (("explain", "full"), "full has no report.json; name a folder that compress wrote"),
         (("patterns",), "Missing command"),

@@ -1,6 +1,7 @@
 """How the ratio is spread over the sites: the allocators by name."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from modegpt_graph.rewrite.solve import Solver
 
 ALLOCATORS = ("curves", "block-influence", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives
-PROBE_WINDOWS, PROBE_WINDOW = 2, 192  # tokens that sites are weighed on
+PROBE_WINDOWS, PROBE_WINDOW = 2, 160  # tokens that sites are weighed on
 PROBE_LAYERS = 32  # of each kind of site
+SMOOTH = 0.25  # how far, in logarithms, layers that are interpolated may be from what their neighbours predict
+TINY = 1e-9  # nats; a smaller divergence is rounding
 PROBE_RANK = 0.5  # share of the features that a site keeps while it is weighed
 
 
@@ -54,8 +57,9 @@ def site_weights(
 ) -> dict[str, float]:
     """KL divergence per unit of a site's error, measured with each site alone at half rank.
 
-    Sites of one kind change little from layer to layer: of each kind PROBE_LAYERS layers are measured, and those
-    between them are interpolated, so that the cost does not grow with depth.
+    Of sites of one kind every second layer is measured first. Where those predict each other, the layers between them
+    are interpolated; else they are measured too, PROBE_LAYERS of each kind at most, so that the cost does not grow with
+    depth.
     tokens: (windows, window) calibration tokens, of which a few short windows are used.
     """
     spread = torch.linspace(0, len(tokens) - 1, min(PROBE_WINDOWS, len(tokens))).round().long()
@@ -64,32 +68,54 @@ def site_weights(
     kinds: dict[tuple[str, int, int], list[Item]] = {}
     for item in items:
         kinds.setdefault((patterns[item.id], item.full_rank, item.parameters_per_rank), []).append(item)
-    measured = {kind: probed([item.layer or 0 for item in alike]) for kind, alike in kinds.items()}
-    probes = {
-        item.id: solvers[item.id].solution(half[item.id])
-        for kind, alike in kinds.items()
-        for item in alike
-        if (item.layer or 0) in measured[kind]
-    }
-    divergences = influences(model, modules, layers, probes, tokens[spread, :PROBE_WINDOW], progress)
+    divergences: dict[str, float] = {}
+    errors: dict[str, float] = {}
+
+    def measure(chosen: Iterable[Item]) -> None:
+        probes = {item.id: solvers[item.id].solution(half[item.id]) for item in chosen if item.id not in divergences}
+        divergences.update(influences(model, modules, layers, probes, tokens[spread, :PROBE_WINDOW], progress))
+        errors.update({site: solution.relative_error or 0.0 for site, solution in probes.items()})
+
+    def known(alike: Sequence[Item]) -> dict[int, float]:
+        return {item.layer or 0: divergences[item.id] for item in alike if item.id in divergences}
+
+    wanted = {kind: probed([item.layer or 0 for item in alike]) for kind, alike in kinds.items()}
+    first = {kind: {*every[:2], *every[2:-2:2], *every[-2:]} for kind, every in wanted.items()}
+    measure(item for kind, alike in kinds.items() for item in alike if (item.layer or 0) in first[kind])
+    rough = [kind for kind, alike in kinds.items() if roughness(known(alike)) > SMOOTH]
+    measure(item for kind in rough for item in kinds[kind] if (item.layer or 0) in wanted[kind])
     weights = {}
     for alike in kinds.values():
-        known = {item.layer or 0: divergences[item.id] for item in alike if item.id in divergences}
+        points = known(alike)
         for item in alike:
-            divergence = divergences.get(item.id, interpolated(known, item.layer or 0))
-            probe = probes.get(item.id)
-            error = float(solvers[item.id].errors[half[item.id]]) if probe is None else probe.relative_error
-            weights[item.id] = divergence / max(error or 0.0, 1e-12)
+            divergence = divergences.get(item.id, interpolated(points, item.layer or 0))
+            error = errors.get(item.id, float(solvers[item.id].errors[half[item.id]]))
+            weights[item.id] = divergence / max(error, 1e-12)
     return weights
 
 
-def probed(layers: Sequence[int]) -> set[int]:
+def probed(layers: Sequence[int]) -> list[int]:
     """The layers to measure: the first and last two, which are unlike the others, and PROBE_LAYERS evenly in all."""
     ordered = sorted(set(layers))
     if len(ordered) <= PROBE_LAYERS:
-        return set(ordered)
+        return ordered
     between = torch.linspace(2, len(ordered) - 3, PROBE_LAYERS - 4).round().long()
-    return {*ordered[:2], *ordered[-2:], *(ordered[index] for index in between)}
+    return [*ordered[:2], *(ordered[index] for index in between), *ordered[-2:]]
+
+
+def roughness(known: Mapping[int, float]) -> float:
+    """Root mean square of how far, in logarithms, layers are from the interpolation of their neighbours.
+
+    The first and last two are left out, which are always measured.
+    """
+    inner = sorted(known)[2:-2]
+    if not inner:
+        return 0.0
+    missed = []
+    for layer in inner:
+        others = {at: value for at, value in known.items() if at != layer}
+        missed.append(math.log(max(known[layer], TINY) / max(interpolated(others, layer), TINY)) ** 2)
+    return math.sqrt(sum(missed) / len(missed))
 
 
 def interpolated(known: Mapping[int, float], layer: int) -> float:

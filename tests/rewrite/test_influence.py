@@ -16,7 +16,7 @@ from modegpt_graph.models import resolve
 from modegpt_graph.rewrite.apply import rewrite
 from modegpt_graph.rewrite.budget import site_items
 from modegpt_graph.rewrite.influence import influences
-from modegpt_graph.rewrite.ranks import PROBE_LAYERS, curve_ranks, interpolated, probed
+from modegpt_graph.rewrite.ranks import PROBE_LAYERS, SMOOTH, curve_ranks, interpolated, probed, roughness
 from modegpt_graph.rewrite.solve import Recipe, solver
 
 CONFIGS = {
@@ -100,11 +100,14 @@ def test_influence_leaves_a_forward_that_was_set_on_an_instance() -> None:
 
 
 def test_few_layers_are_measured_in_a_deep_model_and_the_others_interpolated() -> None:
-    assert probed([3, 5, 7]) == {3, 5, 7}
+    assert probed([3, 7, 5]) == [3, 5, 7]
     chosen = probed(range(80))
     assert len(chosen) == PROBE_LAYERS
-    assert {0, 1, 78, 79} <= chosen
-    assert max(b - a for a, b in itertools.pairwise(sorted(chosen))) <= 8
+    assert chosen[:2] + chosen[-2:] == [0, 1, 78, 79]
+    assert max(b - a for a, b in itertools.pairwise(chosen)) <= 8
+    straight = {layer: 3.0 * 1.1**layer for layer in range(0, 20, 2)}
+    assert roughness(straight) == pytest.approx(0.0, abs=1e-9)
+    assert roughness(straight | {8: 2 * straight[8]}) > SMOOTH
     known = {0: 1.0, 4: 16.0, 8: 4.0}
     assert [interpolated(known, layer) for layer in (0, 1, 2, 4, 6)] == pytest.approx([1.0, 2.0, 4.0, 16.0, 8.0])
 

@@ -109,7 +109,7 @@ def _ranks(
         highest = rows * columns // (rows + columns)
         saved += rows * columns - highest * (rows + columns)
         items.append(Item(one.weight, one.layer, highest, rows + columns))
-    layers = dict.fromkeys({one.layer for one in matrices}, 1.0)
+    layers: dict[int | None, float] = {one.layer: 1.0 for one in matrices}
     wished = ratio * total - saved
     if wished <= 0:
         return {item.id: item.full_rank for item in items}

@@ -7,11 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.statistics import ConsumerStatistics, ExpertStatistics, ScoreStatistics, Statistics
+from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics, Statistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
 from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
 from modegpt_graph.decompose.logits import Scale
-from modegpt_graph.decompose.nystrom import Selection, consumer, nystrom, selection_order
+from modegpt_graph.decompose.nystrom import Selection, consumer, refit_rows, selection_order
 from modegpt_graph.decompose.refit import refit
 from modegpt_graph.decompose.svd import query_key_svd
 from modegpt_graph.decompose.value_output import value_output_svd
@@ -145,30 +145,25 @@ class ConsumerColumns:
     """Type I: features of one group are chosen, and the consumer fitted again to those that stay."""
 
     def __init__(self, placed: Placed, problem: Problem, recipe: Recipe) -> None:
-        self._problem, self._recipe = problem, recipe
-        centred = consumer(problem.gram, problem.weight, problem.bias)
-        gram, weight, total = centred.gram, centred.weight, centred.total
+        self._role, self._ridge = problem.role, recipe.ridge
+        self._problem = centred = consumer(problem.gram, problem.weight, problem.bias)
         if recipe.selection == "surgeon":
-            self._elimination = eliminate(gram, weight, ridge=recipe.ridge, total=total)
+            self._elimination = eliminate(centred.gram, centred.weight, ridge=recipe.ridge, total=centred.total)
         else:
             order = selection_order(
-                problem.gram,
-                problem.weight,
-                recipe.selection,
-                ridge=recipe.ridge,
-                leverage_ridge=recipe.leverage_ridge,
-                bias=problem.bias,
+                problem.gram, problem.weight, recipe.selection, ridge=recipe.ridge, leverage_ridge=recipe.leverage_ridge
             )
-            self._elimination = eliminate_in_order(gram, weight, order, ridge=recipe.ridge, total=total)
+            self._elimination = eliminate_in_order(
+                centred.gram, centred.weight, order, ridge=recipe.ridge, total=centred.total
+            )
         self.errors = self._elimination.errors
 
     def solution(self, rank: int) -> Solution:
         """The `rank` features that are eliminated last."""
-        problem = self._problem
         kept = self._elimination.kept(rank)
-        found = nystrom(problem.gram, problem.weight, rank, ridge=self._recipe.ridge, bias=problem.bias, kept=kept)
+        found = refit_rows(self._problem, kept, self._ridge)
         weight = found.down.view(1, 1, rank, -1)
-        return Solution((kept[None],), {}, {problem.role: (weight, found.bias)}, found.relative_error)
+        return Solution((kept[None],), {}, {self._role: (weight, found.bias)}, found.relative_error)
 
 
 class ConsumerHeadColumns:

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
+from modegpt_graph.allocate.budget import Item
 from modegpt_graph.calibrate.observe import Calibrated, calibrate
 from modegpt_graph.calibrate.text import Calibration, calibration_windows, evaluation_windows
 from modegpt_graph.errors import InputError, ModegptError
 from modegpt_graph.evaluate import compare, perplexity
 from modegpt_graph.match.decoder import decoder_layers
+from modegpt_graph.match.meeting import Meeting, meet
 from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.pattern_file import load_pattern
 from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
 from modegpt_graph.match.sites import Analysis, Site, Unmatched
 from modegpt_graph.methods.common import Setting
@@ -26,6 +29,7 @@ from modegpt_graph.methods.names import METHODS
 from modegpt_graph.methods.race import race
 from modegpt_graph.models import ModelSource, can_generate, forward_logits, resolve
 from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.report.approximation import approximation_said
 from modegpt_graph.report.compare import Comparison
 from modegpt_graph.report.measure import measure
 from modegpt_graph.report.outcome import CompressionOutcome
@@ -93,6 +97,7 @@ class Result:
             self._source,
             self._tokenizer,
             self.report.to_json(),
+            approximate_norm=self._surveyed.approximate_norm,
         )
 
 
@@ -124,16 +129,35 @@ def analyze(
     patterns: Iterable[str | Path] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     *,
+    approximate_norm: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Find every pair of matrices that can be made smaller together. No weights are read.
 
-    patterns: further pattern files or folders, tried before the built-in ones.
+    patterns: further pattern files or folders, tried before the built-in ones.   approximate_norm: whether queries and
+    keys under a norm of each head are taken too, by an approximation whose error is measured.
     Raises InputError where there is no such model.
     """
     source = _original(model, example_inputs, trust_remote_code)
-    return Report(survey_model(source, read_patterns(patterns), progress).survey.analysis)
+    surveyed = survey_model(source, read_patterns(patterns), progress, approximate_norm=approximate_norm)
+    return Report(surveyed.survey.analysis)
+
+
+def check_pattern(
+    file: str | Path,
+    model: Model,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Meeting:
+    """What one pattern file meets in a model, and how near it came elsewhere. No weights are read.
+
+    Raises InputError for a pattern file that is not sound.
+    """
+    pattern = load_pattern(Path(file))
+    return meet(_original(model, example_inputs, trust_remote_code), pattern, progress)
 
 
 def compress(
@@ -149,10 +173,14 @@ def compress(
     calibration_window: int = 1024,
     evaluate: bool = True,
     dtype: str = "float32",
+    approximate_norm: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Remove `ratio` of the decoder-layer linear parameters. The model given is left as it was.
+
+    approximate_norm: whether queries and keys under a norm of each head are made smaller too, by an approximation; the
+    report says what it cost and whether it paid.
 
     calibration: a text file, a data set's name, `self`, or token ids (windows, window).
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, unknown models, missing text.
@@ -170,7 +198,7 @@ def compress(
     if text.fallback_reason:
         progress.note(f"calibrating on text that the model samples itself: {text.fallback_reason}")
     with clock("analyze"):
-        surveyed = survey_model(source, read_patterns(patterns), progress)
+        surveyed = survey_model(source, read_patterns(patterns), progress, approximate_norm=approximate_norm)
         modules = surveyed.modules()
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
@@ -181,15 +209,20 @@ def compress(
         solvers = _solvers(dense, modules, observed, progress)
     items, linear = site_items(modules), surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("allocate"):
+        weights = None
         if allocator == "curves":
             weights = site_weights(dense, modules, layers, items, solvers, text.tokens, progress)
-            ranks = curve_ranks(items, solvers, weights, linear, ratio)
+
+    def solve(chosen: Sequence[Item]) -> dict[str, Solution]:
+        """Solutions of the chosen sites that are made smaller."""
+        if weights is not None:
+            ranks = curve_ranks(chosen, solvers, weights, linear, ratio)
         else:
-            ranks = layer_ranks(allocator, items, observed.importance, linear, ratio)
+            ranks = layer_ranks(allocator, chosen, observed.importance, linear, ratio)
+        return {one.id: solvers[one.id].solution(ranks[one.id]) for one in chosen if ranks[one.id] < one.full_rank}
+
     with clock("solve"), progress.stage("solve"):
-        solutions = {
-            item.id: solvers[item.id].solution(ranks[item.id]) for item in items if ranks[item.id] < item.full_rank
-        }
+        solutions = solve(items)
     with clock("rewrite"), progress.stage("rewrite"):
         smaller = copy.deepcopy(dense)
         rewritten = rewrite(smaller, modules, solutions)
@@ -206,9 +239,39 @@ def compress(
             kl=found.kl,
             evaluation=f"{held_out.shape[0]} windows of {held_out.shape[1]:,} tokens held out of the calibration text",
         )
+    if approximate_norm:
+        with clock("compare"), progress.stage("compare with exact norms"):
+            said = _approximation(dense, modules, items, solutions, solve, held_out, outcome.kl)
+        outcome = replace(outcome, approximation=said)
     outcome = replace(outcome, seconds=clock.seconds)
     report = Report(surveyed.survey.analysis, outcome)
     return Result(smaller, report, source, rewritten, solutions, surveyed, tokenizer)
+
+
+def _approximation(
+    dense: nn.Module,
+    modules: tuple[SiteModule, ...],
+    items: Sequence[Item],
+    solutions: Mapping[str, Solution],
+    solve: Callable[[Sequence[Item]], dict[str, Solution]],
+    held_out: Tensor | None,
+    kl: float | None,
+) -> str:
+    """What approximated norms cost, against the same ratio from the other sites alone."""
+    nearly = {placed.site.id for one in modules for placed in one.placed if placed.site.is_approximated}
+    done = [one for site, one in solutions.items() if site in nearly]
+    without, reachable = None, True
+    if done:
+        try:
+            others = solve([item for item in items if item.id not in nearly])
+        except InputError:
+            reachable = False
+        else:
+            if held_out is not None:
+                other = copy.deepcopy(dense)
+                rewrite(other, modules, others)
+                without = compare(dense, other, held_out).kl
+    return approximation_said(done, kl, without, reachable)
 
 
 def load(directory: str | Path, factory: Any = None, *, trust_remote_code: bool = False) -> nn.Module:
@@ -224,6 +287,7 @@ def verify(
     seed: int = 0,
     example_inputs: tuple[Any, ...] | None = None,
     *,
+    approximate_norm: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Proof:
@@ -236,7 +300,7 @@ def verify(
     with progress.stage("load the model"):
         original = source.load() if source.has_weights else source.random(seed, 2)
     inner = resolve(original, example_inputs=source.example_inputs)
-    surveyed = survey_model(inner, read_patterns(), progress)
+    surveyed = survey_model(inner, read_patterns(), progress, approximate_norm=approximate_norm)
     modules = surveyed.modules()
     generator = torch.Generator().manual_seed(seed)
     solutions = {p.site.id: shuffled(p.footprint.layout, generator) for one in modules for p in one.placed}

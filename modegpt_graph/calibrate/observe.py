@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modegpt_graph.calibrate.norms import NormCollector
 from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
 from modegpt_graph.codegen.emit import emit
 from modegpt_graph.codegen.install import install
@@ -78,7 +79,12 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
     try:
         for one in modules:
             module: Any = model.get_submodule(one.path)
-            own = {placed.site.id: collector(placed.footprint) for placed in one.placed}
+            own = {
+                placed.site.id: NormCollector(placed.footprint)
+                if placed.site.is_approximated
+                else collector(placed.footprint)
+                for placed in one.placed
+            }
             collectors |= own
             within: dict[str, Collector] = {}
             for placed in one.placed:

@@ -150,16 +150,20 @@ class ScoreCollector:
 
     def add(self, name: str, value: Tensor) -> None:
         """Another batch of queries (…, H, S, d) or keys."""
-        if name == "key" and self._turned:
-            value = value.transpose(-1, -2)
-        heads, sums = (self._query_heads, self._queries) if name == "query" else (self._key_heads, self._keys)
-        total = int(self._heads_in(name))
-        value = value.reshape(-1, total, *value.shape[-2:])  # (B, H, S, d)
-        chosen = value[:, heads.flatten()].transpose(0, 1).flatten(1, 2)  # (G·g, B·S, d)
+        sums = self._queries if name == "query" else self._keys
+        chosen = self._by_head(name, value).transpose(0, 1).flatten(1, 2)  # (G·g, B·S, d)
         chosen = chosen.float() if chosen.dtype != torch.float64 else chosen
         sums += (chosen.mT @ chosen).double().view_as(sums)
         if name == "query":
             self._rows += chosen.shape[1]
+
+    def _by_head(self, name: str, value: Tensor) -> Tensor:
+        """(B, G·g, S, d) queries or keys, in the order of the site's groups."""
+        if name == "key" and self._turned:
+            value = value.transpose(-1, -2)
+        heads = self._query_heads if name == "query" else self._key_heads
+        value = value.reshape(-1, int(self._heads_in(name)), *value.shape[-2:])  # (B, H, S, d)
+        return value[:, heads.flatten()]
 
     def _heads_in(self, name: str) -> int:
         """Heads of an operand, without the batch that may be folded into the same axis."""

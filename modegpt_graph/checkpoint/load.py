@@ -190,7 +190,7 @@ def _found_again(
 ) -> tuple[SiteModule, ...]:
     """The modules of the planned sites. Raises InputError where one is not there, or has not the planned shape."""
     try:
-        modules = survey_model(source, plan.patterns).modules()
+        modules = survey_model(source, plan.patterns, approximate_norm=plan.approximate_norm).modules()
     except InputError:
         raise
     except ModegptError as error:

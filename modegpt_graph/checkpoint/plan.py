@@ -67,6 +67,7 @@ class Plan(_Strict):
     architecture: class name, or `factory` for a plain module.
     auto_map: of an original whose own classes are code in its folder: what leads the library to them.
     patterns: whole, so that a pattern of the user's own is known again.
+    approximate_norm: whether norms on queries and keys were approximated.
     sites: id → (groups, blocks kept) of each kind of block; which blocks is in `selections.safetensors`.
     """
 
@@ -76,6 +77,7 @@ class Plan(_Strict):
     architecture: str
     auto_map: Mapping[str, str] = Field(default_factory=dict)
     patterns: tuple[Pattern, ...]
+    approximate_norm: bool = False
     sites: Mapping[str, tuple[tuple[int, int], ...]]
     modules: tuple[ModulePlan, ...]
 
@@ -87,6 +89,7 @@ def make_plan(
     patterns: Sequence[Pattern],
     source: str,
     architecture: str,
+    approximate_norm: bool = False,
 ) -> Plan:
     """The plan of a model that was rewritten."""
     sites = {site: tuple((len(kept), kept.shape[1]) for kept in one.kept) for site, one in solutions.items()}
@@ -96,6 +99,7 @@ def make_plan(
         architecture=architecture,
         auto_map=_own_auto_map(model),
         patterns=tuple(patterns),
+        approximate_norm=approximate_norm,
         sites=sites,
         modules=describe(model, rewritten),
     )

@@ -41,16 +41,19 @@ def save(
     source: ModelSource,
     tokenizer: Any = None,
     report: Mapping[str, Any] | None = None,
+    *,
+    approximate_norm: bool = False,
 ) -> None:
     """Write a rewritten model to `directory`, which is there whole afterwards or not at all; `model` stays as it is.
 
     source: of the original.   tokenizer: None where the model has none.
+    approximate_norm: whether norms on queries and keys were approximated.
     A model of the transformers library also gets its configuration and a modelling file; any other module is written
     as weights and plan, to be loaded into what its factory makes.
     Raises InputError where `directory` is taken, ModegptError where the model cannot be written.
     """
     architecture = type(model).__name__ if can_generate(model) else FACTORY
-    plan = make_plan(model, rewritten, solutions, patterns, source.name, architecture)
+    plan = make_plan(model, rewritten, solutions, patterns, source.name, architecture, approximate_norm)
     with written_whole(Path(directory)) as working:
         try:
             if can_generate(model):

@@ -269,6 +269,14 @@ class _Writer:
             text = self.expression(node)
             inline = node.op == "placeholder" or effect(node) is Effect.SIZE
             inline |= uses == 1 and not watched and len(text) < WIDTH // 2 and node not in self.linears
+            factor = self.edits.factors.get(node)
+            if factor is not None:
+                name = self._variable(node)
+                buffer = identifier(f"factor_{node.name}")
+                self.buffers[buffer] = factor
+                self.lines += [f"{name} = {text}", f"{name} = {name} * self.{buffer}.to({name}.dtype)"]
+                self.text[node] = name
+                return
             unchanged = bool(node.args) and text == self.text.get(arguments(node)[0])
             if inline or unchanged:
                 self.text[node] = text

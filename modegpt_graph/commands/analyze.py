@@ -14,6 +14,7 @@ def analyze(
     patterns: options.Patterns = None,
     json_file: options.JsonFile = None,
     html_file: options.HtmlFile = None,
+    approximate_norm: options.ApproximateNorm = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Find the matrices that can be made smaller together, and say why. Needs no weights.
@@ -35,7 +36,13 @@ def analyze(
     from modegpt_graph.report.progress import ConsoleProgress
 
     with ConsoleProgress(messages()) as progress:
-        report = api.analyze(model, patterns=patterns or None, trust_remote_code=trust_remote_code, progress=progress)
+        report = api.analyze(
+            model,
+            patterns=patterns or None,
+            approximate_norm=approximate_norm,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     write_json(json_file, report.to_json())
     if html_file is not None:
         write_text(html_file, to_html(report.analysis))

@@ -80,6 +80,7 @@ def compress(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity and KL afterwards.")] = False,
     json_file: options.JsonFile = None,
     html_file: options.HtmlFile = None,
+    approximate_norm: options.ApproximateNorm = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Make a model smaller, without training, and save it. The report is in DIR/report.json.
@@ -118,6 +119,7 @@ def compress(
             calibration_window=window,
             evaluate=not no_eval,
             dtype=dtype.value,
+            approximate_norm=approximate_norm,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

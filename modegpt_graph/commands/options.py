@@ -24,4 +24,11 @@ HtmlFile = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="W
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model. Off unless you ask.")
 ]
+ApproximateNorm = Annotated[
+    bool,
+    typer.Option(
+        "--approximate-norm",
+        help="Take queries and keys under a norm of each head too, by an approximation whose error is measured.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For everything random.")]

@@ -15,7 +15,6 @@ from modegpt_graph.errors import InputError
 
 if TYPE_CHECKING:
     from modegpt_graph.match.patterns import Pattern
-    from modegpt_graph.match.sites import Analysis
 
 
 def list_patterns() -> None:
@@ -45,6 +44,8 @@ def check(
 ) -> None:
     """Check a pattern file; with a MODEL, show what it meets there, or how near it came and what was in the way.
 
+    Exit code 1 where it meets nothing in the MODEL, or where what it claims is refuted there.
+
     [bold]Examples[/bold]
 
     modegpt-graph patterns check my-pattern.toml
@@ -64,11 +65,14 @@ def check(
         console.print(Text("The file is sound. Name a MODEL too to see what it meets there.", "green"))
         return
     from modegpt_graph import api
+    from modegpt_graph.report.meeting import render_meeting
     from modegpt_graph.report.progress import ConsoleProgress
 
     with ConsoleProgress(messages()) as progress:
-        report = api.analyze(model, patterns=[file], trust_remote_code=trust_remote_code, progress=progress)
-    _met(report.analysis, console)
+        meeting = api.check_pattern(file, model, trust_remote_code=trust_remote_code, progress=progress)
+    render_meeting(meeting, model, console)
+    if not meeting.sites or any(site.decomposition is None for site in meeting.sites):
+        raise typer.Exit(1)
 
 
 def _describe(pattern: "Pattern", console: Console) -> None:
@@ -81,25 +85,13 @@ def _describe(pattern: "Pattern", console: Console) -> None:
     lines.add_column(overflow="fold")
     for name, text in texts.items():
         lines.add_row(name or "form", Text(text, "cyan"))
-    done = f"{words.METHODS[decomposition.method]} on {', '.join(decomposition.select)}"
+    method = words.METHODS[decomposition.method]
+    if decomposition.otherwise:
+        method += f", or {words.METHODS[decomposition.otherwise]} where that is refuted,"
+    done = f"{method} on {', '.join(decomposition.select)}"
     if decomposition.refit:
         done += f"; {', '.join(decomposition.refit)} fitted again"
     lines.add_row("then", Text(done))
     console.print(Text(pattern.name, "bold"))
     console.print(lines)
     console.print()
-
-
-def _met(analysis: "Analysis", console: Console) -> None:
-    from modegpt_graph.report.console import render_analysis
-    from modegpt_graph.report.fold import fold_unmatched
-
-    if analysis.sites:
-        render_analysis(analysis, console, next_step=False, unmatched=False)
-        return
-    console.print(Text(f"It meets nothing in {analysis.model.name}. Where it came nearest, and what was in the way:"))
-    near = [group for group in fold_unmatched(analysis.unmatched) if group.example.nearest_pattern is not None]
-    for group in near:
-        console.print(Text.assemble((group.parameter, "bold"), f": {group.example.reason}"), soft_wrap=True)
-    if not near:
-        console.print("It came near nowhere.")

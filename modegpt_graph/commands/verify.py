@@ -21,6 +21,7 @@ def verify(
     model: options.Model,
     json_file: options.JsonFile = None,
     seed: options.Seed = 0,
+    approximate_norm: options.ApproximateNorm = False,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Prove the rewrite on your model: every site at full rank, columns shuffled, must change nothing.
@@ -37,7 +38,13 @@ def verify(
     from modegpt_graph.report.progress import ConsoleProgress
 
     with ConsoleProgress(messages()) as progress:
-        proof = api.verify(model, seed=seed, trust_remote_code=trust_remote_code, progress=progress)
+        proof = api.verify(
+            model,
+            seed=seed,
+            approximate_norm=approximate_norm,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     # Not a number is a failure too, and JSON has no word for it.
     holds = proof.max_relative_error <= TOLERANCE and proof.generation_identical is not False
     finite = proof.max_relative_error < float("inf")

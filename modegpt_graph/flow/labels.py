@@ -26,12 +26,16 @@ class Flow:
     labels: node → labels of its value (a tuple of them where it has several).
     nonlinear: nodes that do not commute with a mixing of features, with what they do.
     unknown: nodes whose operation is not in the table.
+    approximates: whether sums over features (of a norm) are taken as a number of each token's own, which couples
+    nothing: what is dropped then changes it, and that is an approximation.   approximated: the nodes where it was.
     """
 
     classes: Classes
     labels: dict[fx.Node, Labels] = field(default_factory=dict)
     nonlinear: dict[fx.Node, str] = field(default_factory=dict)
     unknown: list[fx.Node] = field(default_factory=list)
+    approximates: bool = False
+    approximated: list[fx.Node] = field(default_factory=list)
 
 
 def hint(value: Any) -> Any:
@@ -80,12 +84,14 @@ def constant_of(node: fx.Node) -> Tensor | None:
     return node.meta.get("constant")
 
 
-def follow(region: Sequence[fx.Node], starts: Mapping[fx.Node, Tensor], count: int) -> Flow:
+def follow(
+    region: Sequence[fx.Node], starts: Mapping[fx.Node, Tensor], count: int, *, approximates: bool = False
+) -> Flow:
     """Follow labels from `starts` (node → labels of its value) through `region` (nodes in topological order).
 
-    count: number of labels in use.
+    count: number of labels in use.   approximates: see Flow.
     """
-    flow = Flow(Classes(count), dict(starts))
+    flow = Flow(Classes(count), dict(starts), approximates=approximates)
     for node in region:
         if node not in flow.labels:
             _step(node, flow)
@@ -199,9 +205,12 @@ def _reduce(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | 
     assert isinstance(labels, Tensor)
     flow.nonlinear[node] = operation(node)
     axes = reduced_axes(node, labels.ndim)
+    value = node.meta["val"]
+    if flow.approximates and axes == (labels.ndim - 1,) and shape_of(node) != tuple(labels.shape):
+        flow.approximated.append(node)
+        return None
     for axis in axes:
         _join_along(labels, axis, flow.classes)
-    value = node.meta["val"]
     if not isinstance(value, Tensor):
         flow.unknown.append(node)
         return None

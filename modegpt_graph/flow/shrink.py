@@ -53,18 +53,20 @@ class Edits:
     """What changes in a graph.
 
     labels: node → labels of its smaller value.   arguments: node → (target, positional, keyword) arguments.
-    gathers: (node, operand) → how the operand is gathered first.   bypassed: nodes that would be irregular; what reads
+    gathers: (node, operand) → how the operand is gathered first.   factors: node → what its value is multiplied by.
+    bypassed: nodes that would be irregular; what reads
     them is said again from the product with a matrix that they come from.
     """
 
     labels: dict[fx.Node, Labels] = field(default_factory=dict)
     arguments: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     gathers: dict[tuple[fx.Node, fx.Node], Gather] = field(default_factory=dict)
+    factors: dict[fx.Node, Tensor] = field(default_factory=dict)
     bypassed: set[fx.Node] = field(default_factory=set)
 
     @property
     def empty(self) -> bool:
-        return not self.arguments and not self.gathers and not self.bypassed
+        return not self.arguments and not self.gathers and not self.bypassed and not self.factors
 
 
 def select(labels: Tensor, selection: Selection) -> tuple[Tensor, int | None]:

@@ -1,11 +1,12 @@
 """From a traced model to its sites: every pattern matched, every site certified, every other matrix explained."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout, LayoutError, rows_to_ranges
+from modegpt_graph.match.approximate import approximated, describe
 from modegpt_graph.match.certify import certify
 from modegpt_graph.match.claims import admitted_method, counterexample
 from modegpt_graph.match.commutant import Finding, find_commutant
@@ -49,11 +50,15 @@ class _Examined:
     certificate: Certificate
     obstacle: str | None
     counterexample: str | None = None
+    approximation: str | None = None
 
 
-def survey(trace: Trace, patterns: Sequence[Pattern], name: str, architecture: str) -> Survey:
+def survey(
+    trace: Trace, patterns: Sequence[Pattern], name: str, architecture: str, *, approximate_norm: bool = False
+) -> Survey:
     """Find every site of a traced model.
 
+    approximate_norm: whether query/key under a norm of each head is taken, by an approximation, instead of refused.
     Raises ModegptError where the model has no decoder-layer matrices.
     """
     graph = normalise(trace)
@@ -67,11 +72,13 @@ def survey(trace: Trace, patterns: Sequence[Pattern], name: str, architecture: s
         found, missed = matcher.find(pattern)
         matches += found
         misses += missed
-    located = _sites(graph, matches, matrices)
+    located = _sites(graph, matches, matrices, approximate_norm)
     return Survey(_analysis(graph, located, misses, matrices, name, architecture), tuple(located))
 
 
-def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) -> list[Located]:
+def _sites(
+    graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int], approximate_norm: bool
+) -> list[Located]:
     examined: dict[object, _Examined] = {}
     taken: dict[str, list[tuple[int, int]]] = {}
     located: list[Located] = []
@@ -82,7 +89,7 @@ def _sites(graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int]) 
             sketch = outline(graph, group[0])
             signature = sketch.signature()
             if signature not in examined:
-                examined[signature] = _examine(sketch)
+                examined[signature] = _examine(sketch, approximate_norm)
             sketches.append((key, group, sketch, examined[signature]))
     # A site whose rows are not known claims whole matrices: it comes last, and takes what no other site has.
     for (pattern, *weights), group, sketch, result in sorted(sketches, key=_claim):
@@ -120,7 +127,7 @@ def _group_by_matrices(graph: Graph, matches: Iterable[Match]) -> dict[tuple, li
     return groups
 
 
-def _examine(sketch: Outline) -> _Examined:
+def _examine(sketch: Outline, approximate_norm: bool) -> _Examined:
     try:
         footprint = locate(sketch)
         finding = find_commutant(footprint)
@@ -133,6 +140,15 @@ def _examine(sketch: Outline) -> _Examined:
             f"its features could not be followed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         )
         return _Examined(None, None, Certificate("structural", None, False), said)
+    if approximate_norm and finding.commutant == "none" and not sketch.consumers:
+        try:
+            nearly, known = approximated(sketch)
+        except LayoutError as error:
+            refuted = _refuted(footprint, finding, certificate)
+            return _Examined(footprint.one, finding, certificate, str(error), refuted)
+        exact = replace(finding, block_size=known.block_size)
+        certificate = Certificate("structural", None, False)
+        return _Examined(nearly.one, exact, certificate, None, None, describe(known, finding))
     return _Examined(footprint.one, finding, certificate, probe.obstacle, _refuted(footprint, finding, certificate))
 
 
@@ -201,7 +217,12 @@ def _site(identity: str, sketch: Outline, result: _Examined, roles: Mapping[str,
             0,
             sketch.copies,
         )
-    method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle, result.counterexample)
+    if result.approximation is not None:
+        method, reason = "cr", result.approximation
+    else:
+        method, reason = decide(pattern, finding, layout, result.certificate, result.obstacle, result.counterexample)
+        if finding.commutant == "none" and result.obstacle is not None:
+            reason += f"; not approximated: {result.obstacle}"
     kind = TYPES[min(finding.nonlinearities, 2)]
     return Site(
         id=identity,

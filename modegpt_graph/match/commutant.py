@@ -14,6 +14,8 @@ from modegpt_graph.trace.operations import Effect, effect, operation
 
 TRANSPARENT = {Effect.MOVE, Effect.SAME, Effect.CACHE, Effect.SIZE, Effect.FRESH, Effect.COMPLEX, Effect.REAL}
 
+_TURNING = frozenset({"neg", "sub", "rsub", "view_as_complex"})  # a rotation takes one feature from the other
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -114,7 +116,8 @@ def _between(footprint: Footprint) -> tuple[str, ...]:
 def _rotation(footprint: Footprint) -> str | None:
     """`rotary (half-split)` or `rotary (interleaved)`, read off the offsets of the coupled pairs."""
     kind = footprint.layout.kinds[0]
-    if kind.block_size != 2:
+    turns = any(operation(node).removesuffix("_") in _TURNING for node in footprint.outline.region)
+    if kind.block_size != 2 or not turns:
         return None
     first, second = kind.positions[0, :, 0], kind.positions[0, :, 1]
     offsets: Tensor = (second - first).unique()

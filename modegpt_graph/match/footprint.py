@@ -130,9 +130,10 @@ def outline(graph: Graph, match: Match) -> Outline:
     return Outline(graph, match, producers, consumers, operands, end, tuple(region))
 
 
-def locate(found: Outline) -> Footprint:
+def locate(found: Outline, *, approximates: bool = False) -> Footprint:
     """Follow the features of a match from its producers to where they are consumed.
 
+    approximates: whether norms are taken to couple nothing, see Flow.
     Raises LayoutError where the features do not form regular groups, or are read elsewhere too.
     """
     if len({(linear.copies, linear.offsets) for linear in found.linears.values()}) > 1:
@@ -140,7 +141,8 @@ def locate(found: Outline) -> Footprint:
     starts, offsets, count = starts_of(list(found.producers.values()))
     carried = {role: _carriers(found, role, linear, starts, count) for role, linear in found.producers.items()}
     own = torch.cat(list(carried.values()))
-    flow = follow(found.region, {node: torch.where(torch.isin(s, own), s, -1) for node, s in starts.items()}, count)
+    own_starts = {node: torch.where(torch.isin(s, own), s, -1) for node, s in starts.items()}
+    flow = follow(found.region, own_starts, count, approximates=approximates)
     if not found.consumers:
         _contract(found.end, found.operands, flow)
     carriers = {role: (labels, labels - offsets[found.producers[role].weight]) for role, labels in carried.items()}

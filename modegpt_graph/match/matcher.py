@@ -190,7 +190,9 @@ class Matcher:
         parts = self._flatten(found, wanted)
         if len(parts) != len(form.parts) or len(parts) > LARGEST_PRODUCT:
             word = "product" if wanted == "mul" else "sum"
-            what = f"a {word} of {len(parts)}" if len(parts) > 1 else self._describe(found)
+            what = self._describe(found)
+            if len(parts) > 1:
+                what, state.matched = f"a {word} of {len(parts)}", state.matched + 1
             raise _Stopped(found, f"a {word} of {len(form.parts)}", what, state)
         best: _Stopped | None = None
         for order in permutations(parts):

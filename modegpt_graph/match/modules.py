@@ -115,6 +115,11 @@ def _structure(graph: Graph, path: str) -> object:
     return tuple(lines)
 
 
+def _matrices(path: str, site: Site) -> tuple[str, frozenset[tuple[str, str]]]:
+    """A site's pattern and its roles' matrices, named as its module names them."""
+    return site.pattern, frozenset((role, r.parameter.removeprefix(f"{path}.")) for role, r in site.roles.items())
+
+
 def _trace_module(
     path: str, module: nn.Module, call: Call, sites: Sequence[Site], patterns: Sequence[Pattern]
 ) -> SiteModule:
@@ -122,25 +127,26 @@ def _trace_module(
     graph = normalise(trace)
     matcher = Matcher(graph)
     found: dict[object, Footprint] = {}
+    nearly = {_matrices(path, site) for site in sites if site.is_approximated}
     for pattern in patterns:
         for match in matcher.find(pattern)[0]:
             weights = {role: linear.weight for role, key in match.linears.items() if (linear := graph.linear(key))}
+            key = pattern.name, frozenset(weights.items())
             try:
-                footprint = locate(outline(graph, match))
+                footprint = locate(outline(graph, match), approximates=key in nearly)
             except LayoutError:
                 continue
-            found.setdefault((pattern.name, frozenset(weights.items())), footprint)
+            found.setdefault(key, footprint)
     placed = []
     for site in sites:
-        weights = {role: r.parameter.removeprefix(f"{path}.") for role, r in site.roles.items()}
-        footprint = found.get((site.pattern, frozenset(weights.items())))
+        footprint = found.get(_matrices(path, site))
         if footprint is None:
             raise ModegptError(f"{site.id}: found in the whole model but not in {path} on its own")
         placed.append(Placed(site, footprint))
     linears = [linear for one in placed for linear in one.footprint.outline.producers.values()]
     starts, offsets, count = starts_of(linears)
     region = sorted({node for one in placed for node in one.footprint.outline.region}, key=graph.place)
-    flow = follow(region, starts, count)
+    flow = follow(region, starts, count, approximates=bool(nearly))
     return SiteModule(
         path, trace, graph, tuple(placed), {linear.weight: linear for linear in linears}, offsets, tuple(region), flow
     )

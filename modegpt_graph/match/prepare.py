@@ -30,6 +30,7 @@ class Surveyed:
     survey: Survey
     patterns: tuple[Pattern, ...]
     example_inputs: tuple | None
+    approximate_norm: bool = False
 
     def modules(self) -> tuple[SiteModule, ...]:
         """The smallest module of every site that can be decomposed, traced as the model calls it."""
@@ -37,12 +38,23 @@ class Surveyed:
 
 
 def read_patterns(extra: Iterable[str | Path] | None = None) -> tuple[Pattern, ...]:
-    """The user's patterns, then the built-in ones; where both claim a matrix, the user's has it."""
-    return load_patterns([*(Path(path) for path in extra or ()), patterns_directory()])
+    """The user's patterns, then the built-in ones; where both claim a matrix, the user's has it.
+
+    A user's pattern takes the place of the built-in one of its name.
+    """
+    own = load_patterns(Path(path) for path in extra or ())
+    names = {pattern.name for pattern in own}
+    return (*own, *(pattern for pattern in load_patterns([patterns_directory()]) if pattern.name not in names))
 
 
-def survey_model(source: ModelSource, patterns: Sequence[Pattern], progress: Progress | None = None) -> Surveyed:
-    """Trace a model without its weights and find its sites.
+def survey_model(
+    source: ModelSource,
+    patterns: Sequence[Pattern],
+    progress: Progress | None = None,
+    *,
+    approximate_norm: bool = False,
+) -> Surveyed:
+    """Trace a model without its weights and find its sites. approximate_norm: see `survey`.
 
     The trace is in bfloat16, so that a cast back to the model's dtype is told from a cast to float32.
     """
@@ -53,8 +65,8 @@ def survey_model(source: ModelSource, patterns: Sequence[Pattern], progress: Pro
             skeleton.config._attn_implementation = "eager"
         trace = export(skeleton, _call(skeleton, source.example_inputs))
     with progress.stage("match and certify"):
-        found = survey(trace, patterns, source.name, source.architecture)
-    return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs)
+        found = survey(trace, patterns, source.name, source.architecture, approximate_norm=approximate_norm)
+    return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs, approximate_norm)
 
 
 def _call(skeleton: nn.Module, example_inputs: tuple | None):

@@ -77,6 +77,11 @@ class Site:
     full_rank: int
     copies: int = 1
 
+    @property
+    def is_approximated(self) -> bool:
+        """Whether it is decomposed although its features are all coupled: its certificate does not hold."""
+        return self.decomposition is not None and self.commutant == "none"
+
     def apart(self) -> tuple["Site", ...]:
         """The sites that this stands for: itself, or one for each expert, by number."""
         if self.copies == 1:

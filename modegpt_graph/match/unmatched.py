@@ -49,7 +49,7 @@ def explain(graph: Graph, parameter: str, misses: Iterable[Miss], in_sites: Coll
     if best is None:
         return Unmatched(parameter, None, f"no pattern reaches it: {surroundings}")
     role = next(role for role, key in best.linears.items() if key in keys)
-    nearest = f"; as `{role}`: {best}" if best.beyond_first else ""
+    nearest = f"; as `{role}`: {best}" if best.beyond_first or best.matched > 1 else ""
     return Unmatched(parameter, best.pattern, f"no pattern has a place for it: {surroundings}{nearest}")
 
 
@@ -78,8 +78,8 @@ def _not_one_matrix(graph: Graph, parameter: str) -> str:
         return f"it is the kernel of a convolution over positions ({names}), which no pattern reaches through"
     if len(shape) == 3:
         return (
-            f"it holds {shape[0]} matrices of {shape[1]}×{shape[2]} in one tensor, multiplied together by {names}; "
-            "a role of a pattern is one matrix, so they are left as they are"
+            f"it holds {shape[0]} matrices of {shape[1]}×{shape[2]} in one tensor, read by {names}; such matrices are "
+            "followed where one operation multiplies by all of them (`grouped_mm`, `bmm`), so they are left as they are"
         )
     return f"it is not multiplied as one matrix: its {'×'.join(map(str, shape))} values go to {names}"
 

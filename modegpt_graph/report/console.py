@@ -196,6 +196,8 @@ def _footnotes(outcome: CompressionOutcome) -> RenderableType:
     lines.add_column()
     if outcome.evaluation:
         lines.add_row("measured on", Text(outcome.evaluation))
+    if outcome.approximation:
+        lines.add_row("norms", Text(outcome.approximation))
     time = words.time_line(outcome.seconds, outcome.forward_passes)
     if time:
         lines.add_row("time", Text(time))

@@ -72,6 +72,8 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
         notes.append(f'<span class="bad">Not the text asked for: {reason}</span>')
     if outcome.evaluation:
         notes.append(f"Perplexity and KL were measured on {escape(words.sentence(outcome.evaluation, start=False))}")
+    if outcome.approximation:
+        notes.append(escape(outcome.approximation))
     notes.append(escape(words.time_line(outcome.seconds, outcome.forward_passes)))
     charts = "".join(
         f'<h3>{escape(one.roles)} <span class="soft">{escape(one.span)}</span></h3>{rank_chart(one)}'

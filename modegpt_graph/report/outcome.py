@@ -44,6 +44,7 @@ class CompressionOutcome:
     bytes_*: of the saved weights.   cache_bytes_per_token_*: key/value cache of one token of one sequence, all layers.
     seconds: by stage, in the order they ran.   forward_passes: cost of calibration in plain passes over its tokens.
     kl: mean KL(dense ‖ compressed) in nats per token over the evaluation text.
+    approximation: what approximated norms cost and whether they paid, in a few sentences; None where there are none.
     """
 
     ratio: float
@@ -65,3 +66,4 @@ class CompressionOutcome:
     perplexity_compressed: float | None = None
     kl: float | None = None
     evaluation: str | None = None
+    approximation: str | None = None

@@ -126,6 +126,7 @@ class CompressionJson(Strict):
     perplexity: PerplexityJson
     kl: float | None
     evaluation: str | None
+    approximation: str | None = None
 
 
 class AnalysisJson(Strict):
@@ -261,6 +262,7 @@ def _read_outcome(report: CompressionReportJson) -> CompressionOutcome:
         perplexity_compressed=compression.perplexity.compressed,
         kl=compression.kl,
         evaluation=compression.evaluation,
+        approximation=compression.approximation,
         sites=tuple(
             SiteOutcome(
                 id=site.id,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
@@ -88,6 +88,9 @@ def _rewrite_module(
     placed = [p for p in one.placed if p.site.id in solutions]
     selection = _merged(one, placed, solutions)
     edits = shrink(one.region, one.flow, selection)
+    for p in placed:
+        if p.site.is_approximated:
+            edits.factors |= _query_factor(p, edits, solutions[p.site.id].query_factor)
     matrices = _matrices(module, one, placed, solutions, selection, edits)
     converts = not edits.empty
     resized = dict(_replace(module, copies, converts) for copies in matrices.values())
@@ -99,6 +102,19 @@ def _rewrite_module(
     )
     install(module, forward, name)
     return RewrittenModule(one.path, name, forward, resized)
+
+
+def _query_factor(placed: Placed, edits: Edits, factor: Tensor | None) -> dict[fx.Node, Tensor]:
+    """The node of the queries → what each of its heads is multiplied by; ones where that comes from a file later."""
+    query = placed.footprint.outline.operands[0]
+    role = next(iter(placed.footprint.outline.producers))
+    labels, members = placed.footprint.flow.labels[query], placed.footprint.members[role]  # members: (G, g, d)
+    assert isinstance(labels, Tensor)
+    first = labels.narrow(-2, 0, 1).narrow(-1, 0, 1)  # (B, H, 1, 1)
+    owner = torch.zeros(int(members.max()) + 1, dtype=torch.long)
+    owner[members.flatten()] = torch.arange(members[..., 0].numel()).repeat_interleave(members.shape[2])
+    values = torch.ones(members.shape[:2]) if factor is None else factor.float()
+    return {query: values.flatten()[owner[first[:1]]]}
 
 
 def _number(names: Mapping[tuple[type, str], str], module: nn.Module) -> str:

@@ -1,7 +1,9 @@
 """What a unit of a site's error costs the model: KL divergence of the logits with one site reduced."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.rewrite.apply import rewrite
 from modegpt_graph.rewrite.solution import Solution, taken
 
 
@@ -38,7 +41,7 @@ def influences(
                     if placed.site.id in solutions and placed.site.layer is not None:
                         with (
                             _starting_at(model, layers, placed.site.layer, recorded),
-                            _reduced(model.get_submodule(one.path), placed, solutions[placed.site.id]),
+                            _lessened(model.get_submodule(one.path), one, placed, solutions[placed.site.id]),
                         ):
                             logits = forward_logits(model, tokens)
                         crossed = (logits.logsumexp(-1) - torch.linalg.vecdot(expected, logits)).mean()
@@ -77,6 +80,23 @@ def _starting_at(model: nn.Module, layers: Sequence[str], first: int, outputs: S
             del module.forward
             if forward is not None:
                 module.forward = forward
+
+
+def _lessened(module: nn.Module, one: SiteModule, placed: Placed, solution: Solution) -> AbstractContextManager[None]:
+    is_approximated = placed.site.is_approximated
+    return _rewritten(module, one, placed, solution) if is_approximated else _reduced(module, placed, solution)
+
+
+@contextmanager
+def _rewritten(module: nn.Module, one: SiteModule, placed: Placed, solution: Solution) -> Iterator[None]:
+    """Within this context the module computes what its rewritten copy does: no other form has that norm."""
+    copied = copy.deepcopy(module)
+    rewrite(copied, (replace(one, path="", placed=(placed,)),), {placed.site.id: solution})
+    module.forward = copied.forward
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 @contextmanager

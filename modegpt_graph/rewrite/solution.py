@@ -26,6 +26,8 @@ class Solution:
     refits: refitted role → (weight (G, g, k, D), bias (D,) or None): its rows for the new features; without one, the
     rows of the kept features.
     relative_error: squared error of the pair's output on the calibration set, relative to the output.
+    query_factor: (G, g) what the queries of each head are multiplied by, where a norm on them is approximated.
+    exact_norm_error: the relative error if those norms knew what was dropped.
     Where experts are solved together, each is a group, a bias is (G, D), and `experts` tells how each of them fared.
     """
 
@@ -33,6 +35,8 @@ class Solution:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     refits: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     relative_error: float | None = None
+    query_factor: Tensor | None = None
+    exact_norm_error: float | None = None
     experts: tuple["ExpertFit", ...] = ()
 
     def of_copy(self, copy: int) -> "Solution":

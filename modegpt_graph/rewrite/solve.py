@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from modegpt_graph.calibrate.norms import NormStatistics
 from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics, Statistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
 from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
@@ -18,6 +19,7 @@ from modegpt_graph.decompose.value_output import value_output_svd
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.match.modules import Placed
+from modegpt_graph.rewrite.approximate_norm import ApproximateScoreBlocks
 from modegpt_graph.rewrite.experts import Expert, ExpertsSolver, shrunk
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.trace.linear import Linear
@@ -60,7 +62,10 @@ def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Re
     if isinstance(statistics, ScoreStatistics):
         if site.decomposition == "svd":
             return ScoreBasis(placed, statistics)
-        return ScoreBlocks(placed, statistics, recipe)
+        blocks = ScoreBlocks(placed, statistics, recipe)
+        if isinstance(statistics, NormStatistics):
+            return ApproximateScoreBlocks(placed, statistics, blocks.solution)
+        return blocks
     (role, linear), *others = placed.footprint.outline.consumers.items()
     if others:
         raise ModegptError(f"{site.id}: {1 + len(others)} matrices are to be fitted again; one is supported")

@@ -33,7 +33,8 @@ def as_single_columns(found: Footprint) -> Footprint:
     """The claim that every column of a head can be chosen alone."""
     groups, size = found.layout.fibres.shape
     positions = torch.arange(size).view(1, size, 1).expand(groups, -1, -1)
-    return replace(found, layout=replace(found.layout, kinds=(Kind(positions),)))
+    single = replace(found.layout, kinds=(Kind(positions),))
+    return replace(found, one=single, layout=single)
 
 
 def test_single_columns_under_rotary_are_refuted(library_trace, footprint: Located) -> None:

@@ -114,8 +114,10 @@ def _step(node: fx.Node, flow: Flow) -> None:
 
 
 def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
-    if operation(node) in ("constant_pad_nd", "pad"):
+    if operation(node) == "constant_pad_nd":
         return run_on_labels(node, flow.labels, (*arguments(node)[:2], -1), {})
+    if operation(node) == "pad" and (len(node.args) < 3 or arguments(node)[2] == "constant"):
+        return run_on_labels(node, flow.labels, (*arguments(node)[:2], "constant", -1), {})
     return run_on_labels(node, flow.labels)
 
 

@@ -59,8 +59,9 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
     analysis = samples.normed(layers=1)
     report = to_json(analysis, samples.outcome(analysis))
     refused, value = report["sites"][:2]
-    added = {"layer", "groups", "rank", "full_rank", "relative_error", "parameters_before", "parameters_after"}
+    added = {"layer", "groups", "rank", "full_rank", "relative_error", "parameters_before", "parameters_after", "tokens"}
     assert set(value) - set(SITE) == added
+    assert value["tokens"] is None
     assert (refused["rank"], refused["full_rank"], refused["relative_error"]) == (None, 128, None)
     assert (value["layer"], value["groups"], value["rank"], value["full_rank"]) == (0, 3, 29, 64)
     assert report["compression"] == {
@@ -78,6 +79,7 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
         "perplexity": {"dense": 17.79, "compressed": 35.38},
         "kl": 0.7123,
         "evaluation": "10 windows of 2,048 of wikitext2 (test)",
+        "approximation": None,
     }
 
 

@@ -141,8 +141,9 @@ class ScoreCollector:
         query, key = outline.operands
         self.nodes: Mapping[str, fx.Node] = {"query": query, "key": key}
         self._turned = effect(outline.end) is not Effect.ATTENTION
-        self._query_heads = _heads_of(query, footprint, turned=False)
-        self._key_heads = _heads_of(key, footprint, turned=self._turned)[:, :1]
+        self._columns = _columns_of(key, footprint, turned=self._turned)
+        self._query_heads = _heads_of(query, footprint, self._columns, turned=False)
+        self._key_heads = _heads_of(key, footprint, self._columns, turned=self._turned)[:, :1]
         groups, size = layout.groups, layout.size
         self._rows = 0
         self._queries = torch.zeros(groups, self._query_heads.shape[1], size, size, dtype=torch.float64)
@@ -163,6 +164,7 @@ class ScoreCollector:
             value = value.transpose(-1, -2)
         heads = self._query_heads if name == "query" else self._key_heads
         value = value.reshape(-1, int(self._heads_in(name)), *value.shape[-2:])  # (B, H, S, d)
+        value = value if len(self._columns) == value.shape[-1] else value[..., self._columns]
         return value[:, heads.flatten()]
 
     def _heads_in(self, name: str) -> int:
@@ -188,18 +190,27 @@ def collector(footprint: Footprint) -> Collector:
     """The collector that fits a site."""
     if not footprint.outline.consumers:
         return ScoreCollector(footprint)
-    return ConsumerCollector(footprint) if footprint.outline.copies == 1 else ExpertCollector(footprint)
+    return ConsumerCollector(footprint) if footprint.outline.experts is None else ExpertCollector(footprint)
 
 
-def _heads_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:
-    """(G, g) which heads of an operand belong to each group."""
+def _fibres_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:
+    """(H, d) classes of the features of an operand's heads; -1 where they come from elsewhere."""
     labels = footprint.flow.labels[node]
     assert isinstance(labels, Tensor)
     labels = labels.transpose(-1, -2) if turned else labels
     if labels.ndim == 3:
         labels = labels.reshape(BATCH, -1, *labels.shape[1:])
-    fibres = footprint.flow.classes.of(labels[0, :, 0])  # (H, d)
-    first = fibres.min(dim=1).values
+    return footprint.flow.classes.of(labels[0, :, 0])
+
+
+def _columns_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:
+    """(d,) places of the site's features along the last axis of an operand."""
+    return (_fibres_of(node, footprint, turned=turned) >= 0).any(0).nonzero().flatten()
+
+
+def _heads_of(node: fx.Node, footprint: Footprint, columns: Tensor, *, turned: bool) -> Tensor:
+    """(G, g) which heads of an operand belong to each group."""
+    first = _fibres_of(node, footprint, turned=turned)[:, columns].min(dim=1).values
     groups = [(first == int(fibre.min())).nonzero().flatten() for fibre in footprint.layout.fibres]
     return torch.stack(groups)
 

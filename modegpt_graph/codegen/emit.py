@@ -70,6 +70,23 @@ class _Writer:
         self.inputs = self._input_expressions()
         self.main = self._main_input()
         self.sizes = self._size_expressions()
+        cached = self._cached_size()
+        if cached is not None:
+            self.sizes[cached] = "key_states.size(-2)"
+
+    def _cached_size(self) -> str | None:
+        """The number of tokens in the cache, where only what the update returns is sure to tell it: a mask may be None.
+
+        None where the main input has that size too, or it is used before the update.
+        """
+        used = {str(size) for size in self.main.meta["val"].shape}
+        for node in self.trace.graph.nodes:
+            if effect(node) is Effect.CACHE:
+                size = str(node.meta["val"][0].shape[-2])
+                return None if size in used else size
+            if effect(node) is not Effect.SIZE:
+                used |= {str(one.meta["val"]) for one in node.all_input_nodes if effect(one) is Effect.SIZE}
+        return None
 
     def _is_module_call(self, linear: Linear) -> bool:
         """Whether a product with a matrix is the whole forward of a module that holds nothing else."""
@@ -77,7 +94,7 @@ class _Writer:
         owner = self.trace.module.get_submodule(path)
         names = {f"{path}.{name}" for name, _ in owner.named_parameters(recurse=False)}
         plain = names == {linear.weight, linear.bias} - {None}
-        return plain and linear.copies == 1 and (path in self.linear_modules or type(owner) is nn.Linear)
+        return plain and linear.experts is None and (path in self.linear_modules or type(owner) is nn.Linear)
 
     def _input_expressions(self) -> dict[str, str]:
         """Placeholder → the expression that reads it from the method's parameters."""

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from modegpt_graph.flow.classes import Classes
 from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
+
+ROUTED = 3  # an example of how many tokens go to an expert
 
 Labels = Tensor | tuple[Tensor, ...]
 
@@ -39,8 +42,8 @@ class Flow:
 
 
 def hint(value: Any) -> Any:
-    """The example size behind a symbolic size; other values as they are."""
-    return value.node.hint if isinstance(value, torch.SymInt) else value
+    """The example size behind a symbolic size, ROUTED where it depends on data; other values as they are."""
+    return optimization_hint(value, fallback=ROUTED) if isinstance(value, torch.SymInt) else value
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -166,7 +166,7 @@ def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
     for role, linear in sketch.linears.items():
         rows, _ = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
         selected = role in sketch.producers and layout is not None
-        step = rows if linear.copies > 1 else 0
+        step = rows if linear.experts is not None else 0
         roles[role] = Role(linear.weight, _ranges_of(layout, role) if selected else ((0, rows),), step)
     return roles
 

@@ -38,8 +38,13 @@ class Outline:
         return {**self.producers, **self.consumers}
 
     @property
+    def experts(self) -> int | None:
+        """How many equal sites this is at once, one for each expert of its tensors; None where these are matrices."""
+        return next(iter(self.producers.values())).experts
+
+    @property
     def copies(self) -> int:
-        """How many equal sites this is at once: one for each expert of a tensor that holds several matrices."""
+        """How many equal sites this is at once."""
         return next(iter(self.producers.values())).copies
 
     def signature(self) -> tuple[object, ...]:
@@ -53,7 +58,7 @@ class Outline:
             return places[node]
 
         linears = tuple(
-            (role, place(linear.node), linear.transposed, linear.bias is None, linear.copies)
+            (role, place(linear.node), linear.transposed, linear.bias is None, linear.experts)
             for role, linear in self.linears.items()
         )
         nodes = tuple(
@@ -136,10 +141,29 @@ def locate(found: Outline, *, approximates: bool = False) -> Footprint:
     approximates: whether norms are taken to couple nothing, see Flow.
     Raises LayoutError where the features do not form regular groups, or are read elsewhere too.
     """
-    if len({(linear.copies, linear.offsets) for linear in found.linears.values()}) > 1:
+    if len({(linear.experts, linear.offsets) for linear in found.linears.values()}) > 1:
         raise LayoutError("its matrices do not belong to the same experts")
     starts, offsets, count = starts_of(list(found.producers.values()))
     carried = {role: _carriers(found, role, linear, starts, count) for role, linear in found.producers.items()}
+    flow, one = _followed(found, starts, offsets, count, carried, approximates)
+    members = torch.cat([(one.members[role] + offsets[p.weight]).flatten() for role, p in found.producers.items()])
+    if not torch.isin(torch.cat(list(carried.values())), members).all():
+        # What happens to features that only stand beside those of the site is no concern of it.
+        carried = {role: labels[torch.isin(labels, members)] for role, labels in carried.items()}
+        flow, one = _followed(found, starts, offsets, count, carried, approximates)
+    _refuse_escapes(found, flow, one)
+    return Footprint(found, offsets, flow, one, _of_all_copies(found, one))
+
+
+def _followed(
+    found: Outline,
+    starts: Mapping[fx.Node, Tensor],
+    offsets: Mapping[str, int],
+    count: int,
+    carried: Mapping[str, Tensor],
+    approximates: bool,
+) -> tuple[Flow, Layout]:
+    """The flow of the carried labels alone, and the layout that it gives."""
     own = torch.cat(list(carried.values()))
     own_starts = {node: torch.where(torch.isin(s, own), s, -1) for node, s in starts.items()}
     flow = follow(found.region, own_starts, count, approximates=approximates)
@@ -149,13 +173,11 @@ def locate(found: Outline, *, approximates: bool = False) -> Footprint:
     for role, linear in found.consumers.items():
         labels = _labels_at(linear.source, flow)
         carriers[role] = (labels.reshape(-1, labels.shape[-1])[0], torch.arange(labels.shape[-1]))
-    one = build_layout(_anchor(found, flow), flow.classes, carriers)
-    _refuse_escapes(found, flow, one)
-    return Footprint(found, offsets, flow, one, _of_all_copies(found, one))
+    return flow, build_layout(_anchor(found, flow), flow.classes, carriers)
 
 
 def _of_all_copies(found: Outline, one: Layout) -> Layout:
-    if found.copies == 1:
+    if found.experts is None:
         return one
     if one.groups > 1:
         raise LayoutError("experts with heads of their own are not followed")
@@ -216,7 +238,12 @@ def _anchor(found: Outline, flow: Flow) -> Tensor:
     else:
         return _labels_at(operands[0], flow).reshape(-1, shape_of(operands[0])[-1])[:1]
     labels = labels.narrow(-2, 0, 1).squeeze(-2)
-    return labels.reshape(-1, labels.shape[-1])
+    labels = labels.reshape(-1, labels.shape[-1])
+    # Products of features add up: those that come from elsewhere are another part of the scores.
+    own = (labels >= 0).any(0)
+    if not own.any():
+        raise LayoutError("the features that are consumed first come from elsewhere")
+    return labels[:, own] if not match.pattern.decomposition.refit else labels
 
 
 def _carriers(found: Outline, role: str, linear: Linear, starts: Mapping[fx.Node, Tensor], count: int) -> Tensor:

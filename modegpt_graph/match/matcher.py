@@ -180,6 +180,12 @@ class Matcher:
         found = self.through_moves(key)
         if self.graph.operation(found) != form.name:
             raise _Stopped(found, f"`{form.name}`", self._describe(found), state)
+        if form.name == "join" and len(self.graph.operands(found)) != len(form.arguments):
+            parts = f"{len(self.graph.operands(found))} parts side by side"
+            raise _Stopped(found, f"{len(form.arguments)} of them", parts, state)
+        if form.name == "join" and len(sources := self._sources(found)) < len(form.arguments):
+            only = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
+            raise _Stopped(found, "parts from different matrices", f"one matrix behind all of them ({only})", state)
         state.operations[form.name] = found
         state.matched += 1
         return found
@@ -242,6 +248,14 @@ class Matcher:
 
     def _chain_source(self, form: Apply, key: str, state: _State) -> str:
         """The one product with a matrix that everything in `key` comes from."""
+        sources = self._sources(key)
+        if len(sources) != 1:
+            names = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
+            raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names})", state)
+        return sources[0]
+
+    def _sources(self, key: str) -> list[str]:
+        """The nearest products with matrices that `key` comes from."""
         sources: dict[str, None] = {}
         queue, seen = [key], set()
         while queue:
@@ -253,10 +267,7 @@ class Matcher:
                 sources[node] = None
             else:
                 queue += self.graph.operands(node)
-        if len(sources) != 1:
-            names = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
-            raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names})", state)
-        return next(iter(sources))
+        return list(sources)
 
     def _match_behind_chain(
         self, form: Apply, inner: Combine | Apply, key: str, state: _State, pattern: Pattern

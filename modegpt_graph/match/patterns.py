@@ -10,7 +10,7 @@ from modegpt_graph.match.formula import Apply, Expression, FormulaError, Name, p
 
 RoleKind = Literal["linear", "elementwise", "chain"]
 MethodName = Literal["nystrom", "cr", "svd"]
-OPERATIONS = {"scores": 2, "weights": 1, "mix": 2}
+OPERATIONS = {"scores": 2, "weights": 1, "mix": 2, "join": 2}
 MOST_FORMS = 16
 
 

@@ -66,7 +66,7 @@ def probe_selection(footprint: Footprint, seed: int = 0) -> Probe:
     selection = selection_of(footprint.one, kept, footprint.members, footprint.flow.classes.count)
     try:
         edits = shrink(footprint.outline.region, footprint.flow, selection)
-        if footprint.outline.copies > 1 and edits.gathers:
+        if footprint.outline.experts is not None and edits.gathers:
             (node, side), *_ = edits.gathers
             return Probe(None, f"`{operation(node)}` has one value of `{side.name}` for a feature of all experts")
         values, smaller = _run_both(footprint, edits, selection, None, generator)

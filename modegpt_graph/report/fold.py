@@ -9,7 +9,7 @@ from modegpt_graph.match.sites import Role, Site, Unmatched
 
 @dataclass(frozen=True)
 class SiteGroup:
-    """Sites that are equal in everything but id, layer, the indices in parameter names and the probe's error.
+    """Sites that are equal in everything but id, layer, expert, the indices in parameter names and the probe's error.
 
     example: the first, with `*` for the indices in its parameter names and the largest probe error of the group.
     """
@@ -91,13 +91,12 @@ def _example(members: list[Site]) -> Site:
 
 def _key(site: Site) -> object:
     certificate = site.certificate
-    roles: dict[str, Role] = dict(site.roles)
     return (
         site.pattern,
         site.variant,
         site.type,
         site.paper_type,
-        tuple((role, without_indices(matrix.parameter), tuple(matrix.rows)) for role, matrix in roles.items()),
+        tuple((role, without_indices(matrix.parameter), _rows(matrix, site)) for role, matrix in site.roles.items()),
         tuple(site.between),
         site.nonlinearities,
         site.commutant,
@@ -109,6 +108,12 @@ def _key(site: Site) -> object:
         site.groups,
         site.full_rank,
     )
+
+
+def _rows(matrix: Role, site: Site) -> tuple[tuple[int, int], ...]:
+    """Rows of a role, counted from the first that the site has of its parameter: experts of one tensor are alike."""
+    first = min(start for role in site.roles.values() if role.parameter == matrix.parameter for start, _ in role.rows)
+    return tuple((start - first, stop - first) for start, stop in matrix.rows)
 
 
 def _site_reason(site: Site) -> str:

@@ -54,7 +54,7 @@ class _Matrix:
         """The matrix of a product as it is; `copy`: which expert's, where the parameter holds several."""
         weight = module.get_parameter(linear.weight).detach()
         bias = module.get_parameter(linear.bias).detach() if linear.bias else None
-        if linear.copies > 1:
+        if linear.experts is not None:
             weight, bias = weight[copy], None if bias is None else bias[copy]
         weight = weight.T if linear.transposed else weight
         rows, columns = (torch.arange(size) for size in weight.shape)
@@ -139,7 +139,8 @@ def _merged(one: SiteModule, placed: list[Placed], solutions: Mapping[str, Solut
     merged = Selection.everything(count)
     for p in placed:
         # Experts of one tensor keep equally many features in the same places: one of them speaks for all.
-        solution = solutions[p.site.id].of_copy(0) if p.footprint.outline.copies > 1 else solutions[p.site.id]
+        solution = solutions[p.site.id]
+        solution = solution if p.footprint.outline.experts is None else solution.of_copy(0)
         own = selection_of(p.footprint.one, solution.kept, _labels(one, p), count)
         merged = Selection(
             merged.keep & own.keep, torch.where(own.source != torch.arange(count), own.source, merged.source)
@@ -164,13 +165,14 @@ def _matrices(
         return matrices[linear.weight][copy]
 
     for p in placed:
-        layout, copies = p.footprint.one, p.footprint.outline.copies
-        for copy in range(copies):
-            solution = solutions[p.site.id] if copies == 1 else solutions[p.site.id].of_copy(copy)
+        layout, outline = p.footprint.one, p.footprint.outline
+        for copy in range(outline.copies):
+            solution = solutions[p.site.id]
+            solution = solution if outline.experts is None else solution.of_copy(copy)
             places, sources = slots(layout, [kept.shape[1] for kept in solution.kept]), taken(layout, solution.kept)
-            for role, linear in p.footprint.outline.producers.items():
+            for role, linear in outline.producers.items():
                 _select_rows(matrix(linear, copy), layout.members[role], places, sources, solution.maps.get(role))
-            for role, linear in p.footprint.outline.consumers.items():
+            for role, linear in outline.consumers.items():
                 _select_columns(matrix(linear, copy), layout.members[role], places, sources, solution.refits.get(role))
     for weight in one.producers:
         for own in matrices.get(weight, ()):
@@ -220,7 +222,7 @@ def _select_columns(
 def _replace(module: nn.Module, copies: Sequence[_Matrix], converts: bool) -> tuple[str, Resized]:
     """Put finished matrices back under their old name, as an `nn.Linear` where the module is nothing but that."""
     linear = copies[0].linear
-    weight, bias = copies[0].finished() if linear.copies == 1 else _stacked(copies)
+    weight, bias = copies[0].finished() if linear.experts is None else _stacked(copies)
     path = linear_path(linear)
     owner = module.get_submodule(path)
     plain = {name for name, _ in owner.named_parameters(recurse=False)} <= {"weight", "bias"}

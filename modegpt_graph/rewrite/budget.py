@@ -25,7 +25,7 @@ def _item(one: SiteModule, placed: Placed) -> Item:
         cost += layout.members[role].shape[0] * layout.members[role].shape[1] * across
     smallest = sum(kind.block_size for kind in layout.kinds)
     multiple = layout.kinds[0].block_size if len(layout.kinds) == 1 else 1
-    if outline.copies > 1:
+    if any(linear.offsets is not None for linear in outline.linears.values()):
         multiple = math.lcm(multiple, GROUPED_MULTIPLE)
     return Item(placed.site.id, placed.site.layer, layout.size, cost, minimum=smallest, multiple=multiple)
 

@@ -116,7 +116,7 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
             for role, linear in footprint.outline.consumers.items():
                 rows, bias = solution.refits[role]
                 spread = _spread(layout.members[role], sources, solution, rows)  # (N, D)
-                change(linear.weight, linear.transposed, _stored(spread, linear.copies))
+                change(linear.weight, linear.transposed, _stored(spread, linear.experts))
                 if bias is not None and linear.bias is not None:
                     change(linear.bias, False, bias)
         else:
@@ -149,9 +149,9 @@ def _spread(members: Tensor, sources: Tensor, solution: Solution, rows: Tensor) 
     return full
 
 
-def _stored(spread: Tensor, copies: int) -> Tensor:
-    """(D, N), or (copies, D, N) of experts whose features stand one after the other in (copies · N, D)."""
-    return spread.T if copies == 1 else spread.view(copies, -1, spread.shape[-1]).mT
+def _stored(spread: Tensor, experts: int | None) -> Tensor:
+    """(D, N), or (experts, D, N) where the features of experts stand one after the other in (experts · N, D)."""
+    return spread.T if experts is None else spread.view(experts, -1, spread.shape[-1]).mT
 
 
 def _operator(heads: int, sources: Tensor, solution: Solution, query: str, key: str, size: int) -> Tensor:

@@ -141,9 +141,14 @@ def _run(
     try:
         return _run_once(model, modules, sizes, example_inputs, lambda value: value)
     except (RuntimeError, NotImplementedError):
-        with fake_cpu(model) as fake:
+        with fake_cpu(model, data_sizes=True) as fake:
             seen = _run_once(model, modules, sizes, example_inputs, fake)
-        return {name: replace(one, tensors=list(map(on_meta, one.tensors))) for name, one in seen.items()}
+        # As many as no other axis has: they differ from run to run, and follow neither batch nor length.
+        unknown = sizes.batch * (sizes.tokens + sizes.cached) + 1
+        return {
+            name: replace(one, tensors=[on_meta(tensor, unknown) for tensor in one.tensors])
+            for name, one in seen.items()
+        }
 
 
 def _run_once(

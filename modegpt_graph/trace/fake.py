@@ -10,14 +10,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, optimization_hint
 
 
 @contextmanager
-def fake_cpu(module: nn.Module, inputs: Sequence[Tensor] = ()) -> Iterator[Callable[[Tensor], Tensor]]:
+def fake_cpu(
+    module: nn.Module, inputs: Sequence[Tensor] = (), *, data_sizes: bool = False
+) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within this context the meta tensors of `module` are fake CPU tensors; yields a function that makes others so.
 
-    inputs: what the module will be given, after that function.   The module is left as it was. Where nothing is on the
-    meta device, or something is on another, all tensors stay what they are.
+    inputs: what the module will be given, after that function.   data_sizes: whether sizes that depend on data (tokens
+    of an expert) are let through as unknown, and no error. The module is left as it was. Where nothing is on
+    the meta device, or something is on another, all tensors stay what they are.
     """
     held = [(m, store) for m in module.modules() for store in _stores(m)]
     tensors = [*inputs, *(value for _, store in held for value in store.values() if isinstance(value, Tensor))]
@@ -25,7 +29,7 @@ def fake_cpu(module: nn.Module, inputs: Sequence[Tensor] = ()) -> Iterator[Calla
     if "meta" not in devices or devices - {"meta", "cpu"}:
         yield lambda value: value
         return
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if data_sizes else None)
     replaced: dict[int, tuple[Tensor, Tensor]] = {}  # the original is held, so that its id stays its own
 
     def fake(value: Tensor) -> Tensor:
@@ -53,6 +57,9 @@ def _stores(module: nn.Module) -> list[dict]:
     return [module._parameters, module._buffers, module.__dict__]
 
 
-def on_meta(value: Tensor) -> Tensor:
-    """A fake tensor as a meta tensor of the same shape, strides and dtype."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+def on_meta(value: Tensor, unknown: int) -> Tensor:
+    """A fake tensor as a meta tensor of the same shape, strides and dtype. unknown: for sizes that depend on data."""
+    shape, stride = (
+        [optimization_hint(size, fallback=unknown) for size in sizes] for sizes in (value.shape, value.stride())
+    )
+    return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")

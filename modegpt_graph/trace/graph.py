@@ -2,7 +2,7 @@
 
 Casts and copies vanish. Every product with a weight matrix is `linear`. Attention, however it is written, is three
 nodes: `scores` (product over features), `weights` (everything up to and with the softmax) and `mix` (product over
-positions).
+positions). Features put side by side are `join`.
 """
 
 from dataclasses import dataclass
@@ -105,8 +105,17 @@ def normalise(trace: Trace) -> Graph:
         else:
             if node in roles and len(operands) == 3:
                 operands = operands[1:]  # baddbmm: the first operand is added to the product
-            names[node] = add(node.name, node, roles.get(node, name), kind, operands)
+            name = "join" if _joins_features(node) else roles.get(node, name)
+            names[node] = add(node.name, node, name, kind, operands)
     return Graph(trace, graph, linears)
+
+
+def _joins_features(node: fx.Node) -> bool:
+    """Whether a node puts tensors side by side along their last axis."""
+    if operation(node) not in ("cat", "concat"):
+        return False
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return axis in (-1, node.meta["val"].ndim - 1)
 
 
 def _attention_products(graph: fx.Graph) -> dict[fx.Node, str]:

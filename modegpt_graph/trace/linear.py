@@ -19,8 +19,8 @@ class Linear:
 
     node: where the product is, its bias added.   source: what is multiplied.
     weight, bias: names in the traced module.   transposed: the parameter is stored (in, out) instead of (out, in).
-    copies: how many matrices the parameter holds: experts, else 1.
-    offsets: (copies,) where each expert's tokens end along the first axis of `source`; None where experts are an axis.
+    experts: how many matrices the parameter holds, one for each expert; None where it is one matrix itself.
+    offsets: (experts,) where each expert's tokens end along the first axis of `source`; None where experts are an axis.
     inner: nodes that belong to the product: those between it and the bias that is added to it.
     """
 
@@ -29,9 +29,14 @@ class Linear:
     weight: str
     bias: str | None
     transposed: bool
-    copies: int = 1
+    experts: int | None = None
     offsets: fx.Node | None = None
     inner: tuple[fx.Node, ...] = ()
+
+    @property
+    def copies(self) -> int:
+        """How many matrices the parameter holds."""
+        return 1 if self.experts is None else self.experts
 
     def shape(self, parameter_shape: tuple[int, ...]) -> tuple[int, int]:
         """(output features, input features) of the parameter, of one expert's matrix where it holds several."""
@@ -48,7 +53,7 @@ def find_linears(trace: Trace) -> dict[fx.Node, Linear]:
     state = {name: parameter.ndim for name, parameter in trace.module.named_parameters() if parameter.ndim in (2, 3)}
     placeholders = {holder: name for holder, name in trace.state.items() if name in state}
     found = (_find_linear(node, trace, placeholders) for node in trace.graph.nodes)
-    linears = (_with_bias(one, trace) if one.copies > 1 else one for one in found if one is not None)
+    linears = (_with_bias(one, trace) if one.experts is not None else one for one in found if one is not None)
     return {linear.node: linear for linear in linears}
 
 
@@ -107,12 +112,12 @@ def _find_linear(node: fx.Node, trace: Trace, state: Mapping[str, str]) -> Linea
     linear = Linear(node, source, weight, bias_name, transposed=stored_out_in == turned)
     if axes == 2:
         return linear if name not in _GROUPED and name != "bmm" else None
-    copies = int(trace.module.get_parameter(weight).shape[0])
+    experts = int(trace.module.get_parameter(weight).shape[0])
     if name in _GROUPED and isinstance(offsets, fx.Node):
-        return replace(linear, copies=copies, offsets=offsets)
+        return replace(linear, experts=experts, offsets=offsets)
     first = source.meta["val"].shape[0]
-    axes_fit = source.meta["val"].ndim == 3 and isinstance(first, int) and first == copies
-    return replace(linear, copies=copies) if name in ("bmm", "matmul") and axes_fit else None
+    axes_fit = source.meta["val"].ndim == 3 and isinstance(first, int) and first == experts
+    return replace(linear, experts=experts) if name in ("bmm", "matmul") and axes_fit else None
 
 
 def _with_bias(linear: Linear, trace: Trace) -> Linear:
@@ -128,7 +133,7 @@ def _with_bias(linear: Linear, trace: Trace) -> Linear:
 
 
 def _expert_rows(node: fx.Node, linear: Linear, trace: Trace) -> str | None:
-    """Name of the parameter (copies, out) that gives every token of a product the row of its expert."""
+    """Name of the parameter (experts, out) that gives every token of a product the row of its expert."""
     if operation(node) == "index" and linear.offsets is not None:
         table, (experts, *more) = arguments(node)[:2]
         if more or not _comes_from(linear.offsets, experts):

@@ -250,15 +250,24 @@ def test_expert_biases_are_no_matrices(library_survey: Surveyed) -> None:
     assert bias.reason.startswith("it is no matrix of a linear map")
 
 
-def test_latent_attention_gives_its_value_rows_only(library_survey: Surveyed) -> None:
+def test_latent_attention_is_three_sites(library_survey: Surveyed) -> None:
+    """The part without positions is linear, the one with them is made of pairs, and values share a matrix with keys."""
     surveyed = library_survey("deepseek-v3")
-    site = located(surveyed, "value-output").site
-    assert (site.commutant, site.decomposition) == ("linear", "svd")
-    assert rows(site, "value") == torch.arange(64).view(4, 2, 8)[:, 1].reshape(-1).tolist()
-    reasons = {one.parameter: one for one in surveyed.analysis.unmatched}
-    query = reasons["model.layers.0.self_attn.q_b_proj.weight"]
-    assert query.nearest_pattern == "query-key"
-    assert "one matrix behind `between`, found 2" in query.reason
+    plain, turned = (located(surveyed, f"query-key-{part}").site for part in ("first", "second"))
+    mixed = located(surveyed, "value-output").site
+    assert (plain.type, plain.paper_type, plain.commutant, plain.decomposition) == ("III", "II", "linear", "svd")
+    assert (turned.type, turned.commutant, turned.block_size, turned.decomposition) == ("II", "blocks", 2, "cr")
+    assert (mixed.commutant, mixed.decomposition) == ("linear", "svd")
+    made = torch.arange(64).view(4, 2, 8)  # (head, key or value, feature) in the matrix after the latent's norm
+    assert rows(plain, "key") == made[:, 0].reshape(-1).tolist()
+    assert rows(mixed, "value") == made[:, 1].reshape(-1).tolist()
+    assert plain.roles["key"].parameter == mixed.roles["value"].parameter
+    query = torch.arange(48).view(4, 12)
+    assert rows(plain, "query") == query[:, :8].reshape(-1).tolist()
+    assert rows(turned, "query") == query[:, 8:].reshape(-1).tolist()
+    assert rows(turned, "key") == [16, 17, 18, 19]
+    left = {one.parameter.removeprefix("model.layers.0.") for one in surveyed.analysis.unmatched}
+    assert "self_attn.q_a_proj.weight" in left
 
 
 def test_state_space_layers_are_left_alone_and_the_rest_is_found(library_survey: Surveyed) -> None:

@@ -59,7 +59,16 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
     analysis = samples.normed(layers=1)
     report = to_json(analysis, samples.outcome(analysis))
     refused, value = report["sites"][:2]
-    added = {"layer", "groups", "rank", "full_rank", "relative_error", "parameters_before", "parameters_after", "tokens"}
+    added = {
+        "layer",
+        "groups",
+        "rank",
+        "full_rank",
+        "relative_error",
+        "parameters_before",
+        "parameters_after",
+        "tokens",
+    }
     assert set(value) - set(SITE) == added
     assert value["tokens"] is None
     assert (refused["rank"], refused["full_rank"], refused["relative_error"]) == (None, 128, None)

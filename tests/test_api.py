@@ -18,6 +18,7 @@ from modegpt_graph import cli
 from modegpt_graph.api import evaluate
 from modegpt_graph.commands import runtime
 from modegpt_graph.errors import InputError, ModegptError
+from modegpt_graph.models import cache_of
 
 SHARED = ["llama", "opt", "gemma", "phi", "gpt-neox", "gpt2"]
 
@@ -34,7 +35,7 @@ def removed(dense: Any, smaller: Any) -> float:
 
 def cached_bytes(model: Any, length: int) -> int:
     with torch.no_grad():
-        cache = model(tokens(1, length), use_cache=True).past_key_values
+        cache = cache_of(model(tokens(1, length), use_cache=True))
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

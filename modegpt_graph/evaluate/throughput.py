@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.errors import InputError
-from modegpt_graph.models import can_generate, device_of
+from modegpt_graph.models import cache_keyword, cache_of, can_generate, device_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def tokens_per_second(model: nn.Module, prompt: Tensor, new_tokens: int) -> Thro
 
     Raises InputError for a model without `generate`: without a cache there is no decoding speed to speak of.
     """
-    if not can_generate(model):
+    keyword = cache_keyword(model)
+    if not can_generate(model) or keyword is None:
         raise InputError("speed is measured on models with `generate` and a key/value cache; this one has none")
     if new_tokens < 1 or prompt.ndim != 2 or prompt.numel() == 0:
         raise InputError("speed needs a prompt of shape (batch, length) and at least one new token")
@@ -62,7 +63,7 @@ def tokens_per_second(model: nn.Module, prompt: Tensor, new_tokens: int) -> Thro
     decode_seconds = 0.0
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)  # (B, 1)
-        step = partial(model, token, past_key_values=output.past_key_values, use_cache=True)
+        step = partial(model, token, use_cache=True, **{keyword: cache_of(output)})
         output, seconds = _timed(step, prompt.device)
         decode_seconds += seconds
     return Throughput(prompt.numel() / prefill_seconds, prompt.shape[0] * new_tokens / decode_seconds)

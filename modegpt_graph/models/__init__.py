@@ -1,6 +1,15 @@
 """Where a model comes from: hub, folder, gguf file, public configuration, factory, demo, or a module in memory."""
 
-from modegpt_graph.models.forward import can_generate, device_of, forward_logits, logits_of, positions_of
+from modegpt_graph.models.forward import (
+    cache_keyword,
+    cache_of,
+    can_generate,
+    device_of,
+    forward_logits,
+    is_cache,
+    logits_of,
+    positions_of,
+)
 from modegpt_graph.models.hub import HubUnreachable, hub_is_reachable
 from modegpt_graph.models.resolve import architecture_names, resolve
 from modegpt_graph.models.source import ModelSource
@@ -9,10 +18,13 @@ __all__ = [
     "HubUnreachable",
     "ModelSource",
     "architecture_names",
+    "cache_keyword",
+    "cache_of",
     "can_generate",
     "device_of",
     "forward_logits",
     "hub_is_reachable",
+    "is_cache",
     "logits_of",
     "positions_of",
     "resolve",

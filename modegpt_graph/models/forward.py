@@ -1,11 +1,15 @@
-"""Calling a decoder, whatever it is: token ids in, logits out."""
+"""Calling a decoder, whatever it is: token ids in, logits out, and a key/value cache between calls."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modegpt_graph.errors import InputError
+
+# The library's names for the argument that a cache is given back under: the second is that of its releases before 5.24.
+_CACHE_KEYWORDS = ("cache", "past_key_values")
 
 
 def forward_logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -31,6 +35,23 @@ def logits_of(output: Any) -> Tensor:
 def can_generate(model: nn.Module) -> bool:
     """Whether the model has the transformers library's `generate`, and with it a key/value cache."""
     return callable(getattr(model, "generate", None)) and getattr(model, "config", None) is not None
+
+
+def is_cache(value: object) -> bool:
+    """Whether a value is a key/value cache, told by what it can do."""
+    return callable(getattr(value, "update", None)) and callable(getattr(value, "get_seq_length", None))
+
+
+def cache_of(output: Any) -> Any:
+    """The key/value cache that a forward pass returned, None where it returned none."""
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+    return next((value for value in values if is_cache(value)), None)
+
+
+def cache_keyword(model: nn.Module) -> str | None:
+    """Name of the argument under which a model takes back the cache it returned; None where it keeps none."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_KEYWORDS if name in accepted), None) if "use_cache" in accepted else None
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from modegpt_graph.calibrate.text import Calibration
 from modegpt_graph.match.modules import SiteModule
-from modegpt_graph.models import can_generate
+from modegpt_graph.models import cache_of, can_generate
 from modegpt_graph.report.outcome import CompressionOutcome, Ratios, SiteOutcome
 from modegpt_graph.rewrite.budget import parameter_count, site_items, stored_bytes
 from modegpt_graph.rewrite.solution import Solution, rank_of
@@ -71,6 +71,6 @@ def cache_bytes(model: nn.Module) -> int | None:
     if not can_generate(model):
         return None
     with torch.no_grad():
-        cache = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+        cache = cache_of(model(torch.zeros(1, 1, dtype=torch.long), use_cache=True))
     tensors = [t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if isinstance(t, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) or None

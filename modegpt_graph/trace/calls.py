@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from modegpt_graph.errors import ModegptError
+from modegpt_graph.models import cache_keyword, cache_of, is_cache
 from modegpt_graph.trace.fake import fake_cpu, on_meta
 
 Path = tuple[Any, ...]
@@ -68,11 +69,6 @@ class CacheSlot:
     """Place of the key/value cache among a call's arguments."""
 
     cache: Any
-
-
-def is_cache(value: object) -> bool:
-    """Whether a value is a key/value cache, told by what it can do."""
-    return callable(getattr(value, "update", None)) and callable(getattr(value, "get_seq_length", None))
 
 
 def accepted_keywords(module: nn.Module) -> frozenset[str]:
@@ -188,10 +184,11 @@ def _run_once(
         with torch.no_grad():
             accepted = accepted_keywords(model)
             cached: dict[str, Any] = {}
-            if example_inputs is None and {"past_key_values", "use_cache"} <= accepted:
-                prefix = run(sizes.cached, use_cache=True)
+            keyword = cache_keyword(model) if example_inputs is None else None
+            cache = None if keyword is None else cache_of(run(sizes.cached, use_cache=True))
+            if keyword is not None and cache is not None:
                 total = sizes.cached + sizes.tokens
-                cached = {"past_key_values": prefix.past_key_values, "use_cache": True}
+                cached = {keyword: cache, "use_cache": True}
                 if "attention_mask" in accepted:
                     cached["attention_mask"] = fake(torch.ones(sizes.batch, total, dtype=torch.long, device="meta"))
                 if "position_ids" in accepted:
@@ -200,7 +197,7 @@ def _run_once(
             for name, module in modules.items():
                 handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(leave))
-            with _watched_updates(cached.get("past_key_values"), updated):
+            with _watched_updates(cache, updated):
                 run(sizes.tokens, **cached)
     finally:
         for handle in handles:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modegpt_graph.checkpoint import is_compressed, load
 from modegpt_graph.match.prepare import read_patterns
+from modegpt_graph.models import cache_of
 from modegpt_graph.models.build import model_of, random_model
 
 from .conftest import FAMILIES, VOCABULARY, Compressed, Saved, compressed, configuration, full_rank
@@ -86,7 +87,7 @@ def test_the_state_and_the_cache_are_smaller(
     assert stored < 0.9 * sum(one.dense[name].numel() for name in names)
     ids, _ = tokens()
     with torch.no_grad():
-        cache = loaded[family](ids, use_cache=True).past_key_values
+        cache = cache_of(loaded[family](ids, use_cache=True))
     dense_head = configuration(family).hidden_size // 4
     assert all(layer.keys.shape[-1] < dense_head and layer.values.shape[-1] < dense_head for layer in cache.layers)
 

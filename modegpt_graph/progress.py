@@ -1,6 +1,8 @@
-"""How long work says where it is: stages with a name and, where it is known, a number of steps."""
+"""How long work says where it is and how long it took: stages with a name and, where it is known, a number of steps."""
 
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 
@@ -40,3 +42,17 @@ class NullProgress:
 
     def note(self, message: str) -> None:
         """Nobody to tell."""
+
+
+class Clock:
+    """Seconds by stage, in the order they ran; a stage that runs again adds to what it took."""
+
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = dict(seconds or {})
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what runs within this context as `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

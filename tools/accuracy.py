@@ -15,35 +15,37 @@ from typing import Any
 
 import torch
 
-from modegpt_graph import api
-from modegpt_graph.calibrate.text import calibration_windows, evaluation_windows
+from modegpt_graph.calibrate.text import evaluation_windows
+from modegpt_graph.compression import prepare
 from modegpt_graph.evaluate import perplexity
 from modegpt_graph.models import resolve
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    source = resolve(arguments.model)
-    dense, tokenizer = source.load(), source.tokenizer()
-    calibration = calibration_windows(
-        arguments.calib, tokenizer, windows=arguments.windows, window=arguments.window, seed=arguments.seed, model=dense
+    prepared = prepare(
+        resolve(arguments.model),
+        calibration=arguments.calib,
+        windows=arguments.windows,
+        window=arguments.window,
+        evaluating=False,
+        seed=arguments.seed,
     )
-    tokens = evaluation_windows(arguments.text, tokenizer, arguments.eval_window, arguments.eval_windows)
+    tokens = evaluation_windows(arguments.text, prepared.tokenizer, arguments.eval_window, arguments.eval_windows)
     found: dict[str, Any] = {
         "model": arguments.model,
-        "calibration": _size(arguments.calib, calibration.tokens),
-        "fallback_reason": calibration.fallback_reason,
+        "calibration": _size(arguments.calib, prepared.text.tokens),
+        "fallback_reason": prepared.text.fallback_reason,
         "evaluation": _size(arguments.text, tokens),
         "seed": arguments.seed,
-        "dense_perplexity": perplexity(dense, tokens),
+        "seconds": prepared.clock.seconds,  # of what all ratios have in common
+        "dense_perplexity": perplexity(prepared.decomposed.dense, tokens),
         "results": [],
     }
     print(f"dense: {found['dense_perplexity']:.2f}", flush=True)
     for allocator in arguments.allocators:
         for ratio in arguments.ratios:
             start = time.perf_counter()
-            result = api.compress(
-                dense, ratio, calibration=calibration.tokens, allocator=allocator, seed=arguments.seed, evaluate=False
-            )
+            result = prepared.at(ratio, allocator)
             seconds = time.perf_counter() - start
             assert result.report.outcome is not None
             one = {
@@ -51,7 +53,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 "ratio": ratio,
                 "removed": result.report.outcome.ratios.decoder_linear,
                 "perplexity": perplexity(result.model, tokens),
-                "compress_seconds": seconds,
+                "seconds": seconds,
             }
             found["results"].append(one)
             write(found, arguments.out)

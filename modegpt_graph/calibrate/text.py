@@ -1,6 +1,6 @@
 """Text to windows of token ids, for calibration and for evaluation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ SELF = "self"
 SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
+HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,31 @@ def calibration_windows(
     tokens = ids[: available * window].view(available, window)[chosen]
     fewer = f"; {windows} of {asked:,} were asked for" if (available < windows or window < asked) else ""
     return Calibration(tokens, f"{source}, {_size(tokens)}{fewer}")
+
+
+def held_out_windows(
+    source: str | Path | Tensor,
+    tokenizer: Any,
+    *,
+    windows: int,
+    window: int,
+    seed: int,
+    model: nn.Module | None,
+    evaluating: bool = True,
+) -> tuple[Calibration, Tensor | None]:
+    """As `calibration_windows`, and further windows of the same text that are held out of it for an evaluation.
+
+    None in place of these where none is asked for or left; token ids are all used.
+    """
+    extra = 0 if isinstance(source, Tensor) or not evaluating else max(1, min(HELD_OUT, windows // 4))
+    text = calibration_windows(source, tokenizer, windows=windows + extra, window=window, seed=seed, model=model)
+    count = min(extra, len(text.tokens) - 1)
+    if count < 1:
+        return text, None
+    chosen = torch.zeros(len(text.tokens), dtype=torch.bool)
+    chosen[torch.linspace(0, len(text.tokens) - 1, count).round().long()] = True
+    description = f"{text.description}, {count} of them held out for the evaluation"
+    return replace(text, tokens=text.tokens[~chosen], description=description), text.tokens[chosen]
 
 
 def evaluation_windows(

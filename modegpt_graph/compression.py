@@ -1,0 +1,211 @@
+"""A model read, analysed, calibrated and decomposed once, from which a result at any ratio follows."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph import checkpoint
+from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.calibrate.text import Calibration, held_out_windows
+from modegpt_graph.errors import InputError, ModegptError
+from modegpt_graph.evaluate import compare
+from modegpt_graph.match.decoder import decoder_layers
+from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
+from modegpt_graph.match.sites import Analysis, Site, Unmatched
+from modegpt_graph.models import ModelSource
+from modegpt_graph.progress import Clock, NullProgress, Progress
+from modegpt_graph.report.approximation import approximation_said
+from modegpt_graph.report.measure import measure
+from modegpt_graph.report.outcome import CompressionOutcome
+from modegpt_graph.report.schema import to_json
+from modegpt_graph.rewrite.apply import RewrittenModule
+from modegpt_graph.rewrite.decomposed import Decomposed, decompose
+from modegpt_graph.rewrite.ranks import ALLOCATORS
+from modegpt_graph.rewrite.solution import Solution
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a model, and what a compression made of it."""
+
+    analysis: Analysis
+    outcome: CompressionOutcome | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in model order."""
+        return self.analysis.sites
+
+    @property
+    def unmatched(self) -> tuple[Unmatched, ...]:
+        """The decoder-layer matrices that belong to no site."""
+        return self.analysis.unmatched
+
+    @property
+    def coverage(self) -> float:
+        """Share of decoder-layer linear parameters that belong to a site."""
+        return self.analysis.coverage
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON contract, as Python values."""
+        return to_json(self.analysis, self.outcome)
+
+
+@dataclass
+class Result:
+    """A compressed model and its report."""
+
+    model: nn.Module
+    report: Report
+    _source: ModelSource = field(repr=False)
+    _rewritten: tuple[RewrittenModule, ...] = field(repr=False)
+    _solutions: Mapping[str, Solution] = field(repr=False)
+    _surveyed: Surveyed = field(repr=False)
+    _tokenizer: Any = field(default=None, repr=False)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model as a folder that `load` and the transformers library read.
+
+        Raises InputError where the folder exists and is not empty.
+        """
+        checkpoint.save(
+            Path(directory),
+            self.model,
+            self._rewritten,
+            self._solutions,
+            self._surveyed.patterns,
+            self._source,
+            self._tokenizer,
+            self.report.to_json(),
+            approximate_norm=self._surveyed.approximate_norm,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be made smaller: `at` gives a result, at as many ratios as are wanted.
+
+    text: what it was calibrated on.   held_out: windows of the same text for the evaluation, None for none.
+    clock: seconds by stage that all ratios have in common.
+    """
+
+    source: ModelSource
+    tokenizer: Any
+    surveyed: Surveyed
+    decomposed: Decomposed
+    text: Calibration
+    held_out: Tensor | None
+    seed: int
+    clock: Clock
+    progress: Progress
+
+    def at(self, ratio: float, allocator: str = "curves") -> Result:
+        """The model without `ratio` of its decoder-layer linear parameters.
+
+        Raises InputError for a ratio that the sites cannot give and for an unknown allocator.
+        """
+        check_request(ratio, allocator)
+        decomposed, dense = self.decomposed, self.decomposed.dense
+        with self.clock("allocate"):
+            if allocator == "curves":
+                _ = decomposed.weights
+        clock, progress = Clock(self.clock.seconds), self.progress
+        with clock("solve"), progress.stage("solve"):
+            solutions = decomposed.solutions(decomposed.ranks(ratio, allocator))
+        with clock("rewrite"), progress.stage("rewrite"):
+            smaller, rewritten = decomposed.model(solutions)
+        outcome = measure(
+            dense,
+            smaller,
+            decomposed.modules,
+            solutions,
+            decomposed.total,
+            ratio=ratio,
+            allocator=allocator,
+            seed=self.seed,
+            text=self.text,
+        )
+        if self.held_out is not None:
+            with clock("evaluate"), progress.stage("evaluate"):
+                found = compare(dense, smaller, self.held_out)
+            windows, window = self.held_out.shape
+            outcome = replace(
+                outcome,
+                perplexity_dense=found.dense_perplexity,
+                perplexity_compressed=found.perplexity,
+                kl=found.kl,
+                evaluation=f"{windows} windows of {window:,} tokens held out of the calibration text",
+            )
+        if self.surveyed.approximate_norm:
+            with clock("compare"), progress.stage("compare with exact norms"):
+                said = self._approximation(ratio, allocator, solutions, outcome.kl)
+            outcome = replace(outcome, approximation=said)
+        report = Report(self.surveyed.survey.analysis, replace(outcome, seconds=clock.seconds))
+        return Result(smaller, report, self.source, rewritten, solutions, self.surveyed, self.tokenizer)
+
+    def _approximation(self, ratio: float, allocator: str, solutions: Mapping[str, Solution], kl: float | None) -> str:
+        """What approximated norms cost, against the same ratio from the other sites alone."""
+        decomposed = self.decomposed
+        nearly = {p.site.id for one in decomposed.modules for p in one.placed if p.site.is_approximated}
+        done = [one for site, one in solutions.items() if site in nearly]
+        without, reachable = None, True
+        if done:
+            try:
+                others = decomposed.solutions(decomposed.ranks(ratio, allocator, without=nearly))
+            except InputError:
+                reachable = False
+            else:
+                if self.held_out is not None:
+                    without = compare(decomposed.dense, decomposed.model(others)[0], self.held_out).kl
+        return approximation_said(done, kl, without, reachable)
+
+
+def check_request(ratio: float, allocator: str) -> None:
+    """Raise InputError for what no model could be given."""
+    if not 0 < ratio <= 0.95:
+        raise InputError(f"ratio {ratio:g} is outside (0, 0.95]; 0.3 removes 30 % of the decoder's linear parameters")
+    if allocator not in ALLOCATORS:
+        raise InputError(f"unknown allocator {allocator!r}; known: {', '.join(ALLOCATORS)}")
+
+
+def prepare(
+    source: ModelSource,
+    *,
+    calibration: str | Path | Tensor,
+    windows: int = 32,
+    window: int = 1024,
+    evaluating: bool = True,
+    seed: int = 0,
+    patterns: Iterable[str | Path] | None = None,
+    dtype: str = "float32",
+    approximate_norm: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Read, analyse, calibrate and decompose a model.
+
+    windows, window: of calibration text.   evaluating: whether windows of it are held out.   Raises as `compress`.
+    """
+    progress, clock = progress or NullProgress(), Clock()
+    with clock("load"), progress.stage("load the model"):
+        dense, tokenizer = source.load(getattr(torch, dtype)), source.tokenizer()
+    with clock("tokens"), progress.stage("read the calibration text"):
+        text, held_out = held_out_windows(
+            calibration, tokenizer, windows=windows, window=window, seed=seed, model=dense, evaluating=evaluating
+        )
+    if text.fallback_reason:
+        progress.note(f"calibrating on text that the model samples itself: {text.fallback_reason}")
+    with clock("analyze"):
+        surveyed = survey_model(source, read_patterns(patterns), progress, approximate_norm=approximate_norm)
+        modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
+    if not modules:
+        raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
+    with clock("calibrate"):
+        observed = calibrate(dense, modules, layers, text.tokens, progress)
+    total = surveyed.survey.analysis.model.decoder_linear_parameters
+    with clock("decompose"):
+        decomposed = decompose(dense, modules, layers, observed, text.tokens, total, progress=progress)
+    return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, clock, progress)

@@ -1,0 +1,92 @@
+"""A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from modegpt_graph.allocate.budget import Item, removed_parameters
+from modegpt_graph.calibrate.observe import Calibrated
+from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
+from modegpt_graph.rewrite.budget import site_items
+from modegpt_graph.rewrite.ranks import curve_ranks, layer_ranks, site_weights
+from modegpt_graph.rewrite.solution import Solution
+from modegpt_graph.rewrite.solve import Recipe, Solver, solver
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """What all ratios have in common. Nothing here is changed by asking for one.
+
+    modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
+    items: what a rank of each site costs.   tokens: (windows, window) of the calibration text.
+    total: decoder-layer linear parameters, which every ratio is of.
+    """
+
+    dense: nn.Module
+    modules: tuple[SiteModule, ...]
+    layers: tuple[str, ...]
+    observed: Calibrated
+    solvers: Mapping[str, Solver]
+    items: tuple[Item, ...]
+    tokens: Tensor
+    total: int
+    progress: Progress = field(default_factory=NullProgress, repr=False)
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """KL divergence per unit of each site's error: measured when first asked for, then kept for all ratios."""
+        return site_weights(self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress)
+
+    def ranks(self, ratio: float, allocator: str = "curves", *, without: Collection[str] = ()) -> dict[str, int]:
+        """Rank of every site such that `ratio` of `total` goes. without: ids of sites that are left whole.
+
+        Raises InputError where the sites cannot give it.
+        """
+        items: Sequence[Item] = [item for item in self.items if item.id not in without]
+        if allocator == "curves":
+            ranks = curve_ranks(items, self.solvers, self.weights, self.total, ratio)
+        else:
+            ranks = layer_ranks(allocator, items, self.observed.importance, self.total, ratio)
+        return {item.id: ranks.get(item.id, item.full_rank) for item in self.items}
+
+    def solutions(self, ranks: Mapping[str, int]) -> dict[str, Solution]:
+        """Solutions of the sites that are made smaller."""
+        smaller = [item.id for item in self.items if ranks[item.id] < item.full_rank]
+        return {site: self.solvers[site].solution(ranks[site]) for site in smaller}
+
+    def model(self, solutions: Mapping[str, Solution]) -> tuple[nn.Module, tuple[RewrittenModule, ...]]:
+        """A copy of the dense model with these solutions in place, and the modules that were rewritten."""
+        smaller = copy.deepcopy(self.dense)
+        return smaller, rewrite(smaller, self.modules, solutions)
+
+    def removed(self, ranks: Mapping[str, int]) -> int:
+        """Decoder-layer linear parameters that go with these ranks."""
+        return removed_parameters(self.items, ranks)
+
+
+def decompose(
+    dense: nn.Module,
+    modules: tuple[SiteModule, ...],
+    layers: tuple[str, ...],
+    observed: Calibrated,
+    tokens: Tensor,
+    total: int,
+    *,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+) -> Decomposed:
+    """Every site's solver from what was observed on the calibration tokens. recipe: the default one where None."""
+    recipe, progress = recipe or Recipe(), progress or NullProgress()
+    placed = [(one.path, placed) for one in modules for placed in one.placed]
+    solvers = {}
+    with progress.stage("decompose", len(placed)) as stage:
+        for path, one in placed:
+            statistics = observed.statistics[one.site.id]
+            solvers[one.site.id] = solver(one, dense.get_submodule(path), statistics, recipe)
+            stage.advance()
+    return Decomposed(dense, modules, layers, observed, solvers, site_items(modules), tokens, total, progress)

@@ -1,0 +1,45 @@
+"""One decomposition serves every ratio: asking for one changes nothing for the next."""
+
+import pytest
+import torch
+from fixtures.families import family, tokens
+
+import modegpt_graph as mg
+from modegpt_graph.compression import prepare
+from modegpt_graph.errors import InputError
+from modegpt_graph.models import forward_logits, resolve
+
+
+@pytest.mark.parametrize("allocator", ["curves", "uniform"])
+def test_a_ratio_gives_the_same_model_whatever_was_asked_before(allocator: str) -> None:
+    model, ids = family("llama"), tokens()
+    prepared = prepare(resolve(model), calibration=ids)
+    for ratio in (0.5, 0.2, 0.3):
+        found = prepared.at(ratio, allocator).model
+        fresh = mg.compress(model, ratio, calibration=ids, allocator=allocator, evaluate=False).model
+        assert {name: value.shape for name, value in found.state_dict().items()} == {
+            name: value.shape for name, value in fresh.state_dict().items()
+        }
+        with torch.no_grad():
+            assert torch.equal(forward_logits(found, ids), forward_logits(fresh, ids))
+
+
+def test_what_goes_is_what_the_ranks_say() -> None:
+    model, ids = family("llama"), tokens()
+    decomposed = prepare(resolve(model), calibration=ids).decomposed
+    ranks = decomposed.ranks(0.4, "uniform")
+    smaller, _ = decomposed.model(decomposed.solutions(ranks))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert decomposed.removed(ranks) == count - sum(parameter.numel() for parameter in smaller.parameters())
+    assert decomposed.removed(ranks) / decomposed.total == pytest.approx(0.4, abs=0.005)
+
+
+def test_sites_that_are_left_out_stay_whole_and_the_others_give_it_all() -> None:
+    decomposed = prepare(resolve(family("llama")), calibration=tokens()).decomposed
+    mlps = {item.id for item in decomposed.items if item.full_rank == 48}
+    assert mlps
+    ranks = decomposed.ranks(0.2, "uniform", without=mlps)
+    assert all((ranks[item.id] == item.full_rank) == (item.id in mlps) for item in decomposed.items)
+    assert decomposed.removed(ranks) / decomposed.total == pytest.approx(0.2, abs=0.005)
+    with pytest.raises(InputError, match="cannot be reached"):
+        decomposed.ranks(0.9, "uniform", without=mlps)

@@ -12,8 +12,7 @@ from modegpt_graph.calibrate.norms import NormCollector
 from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
 from modegpt_graph.codegen.emit import emit
 from modegpt_graph.codegen.install import install
-from modegpt_graph.match.footprint import Footprint
-from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.modules import SiteModule, observed_input
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 
@@ -88,7 +87,7 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
             collectors |= own
             within: dict[str, Collector] = {}
             for placed in one.placed:
-                path = _projection(one, placed.footprint)
+                path = observed_input(one, placed.footprint)
                 if path is None:
                     within[placed.site.id] = own[placed.site.id]
                 else:
@@ -106,16 +105,6 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
             handle.remove()
         for restore in restores:
             restore()
-
-
-def _projection(one: SiteModule, footprint: Footprint) -> str | None:
-    """The `nn.Linear` whose whole input is what the site's consumer reads; None where there is no such module."""
-    for consumer in footprint.outline.consumers.values():
-        path = consumer.weight.rpartition(".")[0]
-        stack = list((consumer.node.meta.get("nn_module_stack") or {"": ("", "")}).values())
-        if type(one.trace.module.get_submodule(path)) is nn.Linear and stack[-1][0] == f"module.{path}":
-            return path
-    return None
 
 
 def _input_hook(observer: Collector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -5,7 +5,7 @@ the edit is accepted only where running it on the labels gives just that; operan
 feature axis (cos and sin tables, scales) are gathered at the positions that the kept features came from.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,15 @@ class Selection:
     @classmethod
     def everything(cls, count: int) -> "Selection":
         return cls(torch.ones(count, dtype=torch.bool), torch.arange(count))
+
+    @classmethod
+    def merged(cls, parts: Iterable["Selection"], count: int) -> "Selection":
+        """All of what selections of different labels do."""
+        whole = cls.everything(count)
+        for part in parts:
+            source = torch.where(part.source != torch.arange(count), part.source, whole.source)
+            whole = cls(whole.keep & part.keep, source)
+        return whole
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
-from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.match.modules import Placed, SiteModule, labels_of
 from modegpt_graph.match.probe import selection_of
 from modegpt_graph.rewrite.solution import Solution, slots, taken
 from modegpt_graph.trace.linear import Linear
@@ -128,24 +128,15 @@ def linear_path(linear: Linear) -> str:
     return linear.weight.rpartition(".")[0]
 
 
-def _labels(one: SiteModule, placed: Placed) -> dict[str, Tensor]:
-    """Selected role → (G, g, d) labels of its rows, in the labels of the whole module."""
-    producers = placed.footprint.outline.producers
-    return {role: placed.footprint.one.members[role] + one.offsets[linear.weight] for role, linear in producers.items()}
-
-
 def _merged(one: SiteModule, placed: list[Placed], solutions: Mapping[str, Solution]) -> Selection:
     count = one.flow.classes.count
-    merged = Selection.everything(count)
+    parts = []
     for p in placed:
         # Experts of one tensor keep equally many features in the same places: one of them speaks for all.
         solution = solutions[p.site.id]
         solution = solution if p.footprint.outline.experts is None else solution.of_copy(0)
-        own = selection_of(p.footprint.one, solution.kept, _labels(one, p), count)
-        merged = Selection(
-            merged.keep & own.keep, torch.where(own.source != torch.arange(count), own.source, merged.source)
-        )
-    return merged
+        parts.append(selection_of(p.footprint.one, solution.kept, labels_of(one, p), count))
+    return Selection.merged(parts, count)
 
 
 def _matrices(

@@ -20,6 +20,7 @@ from modegpt_graph.match.pattern_file import load_pattern
 from modegpt_graph.match.prepare import read_patterns, survey_model
 from modegpt_graph.methods.common import Setting
 from modegpt_graph.methods.matrices import matrix_sizes
+from modegpt_graph.methods.modular import needs_value_inputs
 from modegpt_graph.methods.names import METHODS
 from modegpt_graph.methods.race import race
 from modegpt_graph.models import ModelSource, resolve
@@ -80,7 +81,8 @@ def compress(
     ratio: float,
     *,
     calibration: str | Path | Tensor = "wikitext2",
-    allocator: str = "curves",
+    preset: str = "default",
+    allocator: str | None = None,
     seed: int = 0,
     patterns: Iterable[str | Path] | None = None,
     example_inputs: tuple[Any, ...] | None = None,
@@ -98,9 +100,10 @@ def compress(
     report says what it cost and whether it paid.
 
     calibration: a text file, a data set's name, `self`, or token ids (windows, window).
+    preset: `default`, or `paper` for MoDeGPT's algorithms to the letter.   allocator: the preset's own where None.
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, unknown models, missing text.
     """
-    check_request(ratio, allocator)
+    check_request(ratio, allocator, preset)
     prepared = prepare(
         _original(model, example_inputs, trust_remote_code),
         calibration=calibration,
@@ -111,6 +114,7 @@ def compress(
         patterns=patterns,
         dtype=dtype,
         approximate_norm=approximate_norm,
+        preset=preset,
         progress=progress,
     )
     return prepared.at(ratio, allocator)
@@ -217,7 +221,8 @@ def compare_methods(
         surveyed = survey_model(source, read_patterns(), progress)
         modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
     with clock("calibrate"):
-        observed = calibrate(dense, modules, layers, read.tokens, progress)
+        value_inputs = needs_value_inputs(methods)
+        observed = calibrate(dense, modules, layers, read.tokens, progress, value_inputs=value_inputs)
     with clock("dense"), progress.stage("measure the dense model"):
         dense_perplexity = perplexity(dense, tokens)
     sizes = matrix_sizes(surveyed.trace)

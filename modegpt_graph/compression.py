@@ -24,6 +24,7 @@ from modegpt_graph.report.outcome import CompressionOutcome
 from modegpt_graph.report.schema import to_json
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
+from modegpt_graph.rewrite.presets import PRESETS, preset_named
 from modegpt_graph.rewrite.ranks import ALLOCATORS
 from modegpt_graph.rewrite.solution import Solution
 
@@ -100,15 +101,17 @@ class Prepared:
     text: Calibration
     held_out: Tensor | None
     seed: int
+    preset: str
     clock: Clock
     progress: Progress
 
-    def at(self, ratio: float, allocator: str = "curves") -> Result:
-        """The model without `ratio` of its decoder-layer linear parameters.
+    def at(self, ratio: float, allocator: str | None = None) -> Result:
+        """The model without `ratio` of its decoder-layer linear parameters. allocator: the preset's own where None.
 
         Raises InputError for a ratio that the sites cannot give and for an unknown allocator.
         """
-        check_request(ratio, allocator)
+        check_request(ratio, allocator, self.preset)
+        allocator = allocator or PRESETS[self.preset].allocator
         decomposed, dense = self.decomposed, self.decomposed.dense
         with self.clock("allocate"):
             if allocator == "curves":
@@ -125,6 +128,7 @@ class Prepared:
             solutions,
             decomposed.total,
             ratio=ratio,
+            preset=self.preset,
             allocator=allocator,
             seed=self.seed,
             text=self.text,
@@ -164,11 +168,12 @@ class Prepared:
         return approximation_said(done, kl, without, reachable)
 
 
-def check_request(ratio: float, allocator: str) -> None:
+def check_request(ratio: float, allocator: str | None, preset: str) -> None:
     """Raise InputError for what no model could be given."""
+    preset_named(preset)
     if not 0 < ratio <= 0.95:
         raise InputError(f"ratio {ratio:g} is outside (0, 0.95]; 0.3 removes 30 % of the decoder's linear parameters")
-    if allocator not in ALLOCATORS:
+    if allocator is not None and allocator not in ALLOCATORS:
         raise InputError(f"unknown allocator {allocator!r}; known: {', '.join(ALLOCATORS)}")
 
 
@@ -183,13 +188,14 @@ def prepare(
     patterns: Iterable[str | Path] | None = None,
     dtype: str = "float32",
     approximate_norm: bool = False,
+    preset: str = "default",
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, analyse, calibrate and decompose a model.
 
     windows, window: of calibration text.   evaluating: whether windows of it are held out.   Raises as `compress`.
     """
-    progress, clock = progress or NullProgress(), Clock()
+    progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
     with clock("load"), progress.stage("load the model"):
         dense, tokenizer = source.load(getattr(torch, dtype)), source.tokenizer()
     with clock("tokens"), progress.stage("read the calibration text"):
@@ -204,8 +210,8 @@ def prepare(
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     with clock("calibrate"):
-        observed = calibrate(dense, modules, layers, text.tokens, progress)
+        observed = calibrate(dense, modules, layers, text.tokens, progress, value_inputs=chosen.value_inputs)
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
-        decomposed = decompose(dense, modules, layers, observed, text.tokens, total, progress=progress)
-    return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, clock, progress)
+        decomposed = decompose(dense, modules, layers, observed, text.tokens, total, preset=chosen, progress=progress)
+    return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, clock, progress)

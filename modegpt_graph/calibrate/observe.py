@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from modegpt_graph.calibrate.inputs import ValueCollector, reads_one_value
 from modegpt_graph.calibrate.norms import NormCollector
 from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
 from modegpt_graph.codegen.emit import emit
 from modegpt_graph.codegen.install import install
-from modegpt_graph.match.modules import SiteModule, observed_input
+from modegpt_graph.match.modules import Placed, SiteModule, projection_module
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 
@@ -41,11 +42,14 @@ def calibrate(
     layers: Sequence[str],
     tokens: Tensor,
     progress: Progress | None = None,
+    *,
+    value_inputs: bool = False,
 ) -> Calibrated:
     """Stream calibration tokens through `model` once and collect what every site needs.
 
     tokens: (windows, window).   layers: paths of the decoder layers. The pass ends at the last layer: the logits, a
     fifth of a small model's work, are not computed.
+    value_inputs: whether the Gram matrix of what value projections read is collected too, for algorithm 3 of the paper.
     Raises OverflowedActivations where a site sees values that are not finite.
     """
     collectors: dict[str, Collector] = {}
@@ -54,7 +58,7 @@ def calibrate(
     stages = progress or NullProgress()
     with (
         torch.no_grad(),
-        _observed(model, modules, collectors),
+        _observed(model, modules, collectors, value_inputs),
         _influence(model, layers, similarity),
         stages.stage("calibrate", len(tokens)) as stage,
     ):
@@ -68,7 +72,9 @@ def calibrate(
 
 
 @contextmanager
-def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[str, Collector]) -> Iterator[None]:
+def _observed(
+    model: nn.Module, modules: Sequence[SiteModule], collectors: dict[str, Collector], value_inputs: bool
+) -> Iterator[None]:
     """Within this context every site hands what its features are, where they are consumed, to its collector.
 
     What a projection reads is seen by a hook on it. Anything else is a value within a module, which runs as traced.
@@ -78,27 +84,23 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
     try:
         for one in modules:
             module: Any = model.get_submodule(one.path)
-            own = {
-                placed.site.id: NormCollector(placed.footprint)
-                if placed.site.is_approximated
-                else collector(placed.footprint)
-                for placed in one.placed
-            }
+            own = {placed.site.id: _collector(placed, value_inputs) for placed in one.placed}
             collectors |= own
-            within: dict[str, Collector] = {}
-            for placed in one.placed:
-                path = observed_input(one, placed.footprint)
-                if path is None:
-                    within[placed.site.id] = own[placed.site.id]
-                else:
-                    hook = _input_hook(own[placed.site.id])
-                    handles.append(module.get_submodule(path).register_forward_pre_hook(hook))
+            within: dict[str, fx.Node] = {}
+            for site, observer in own.items():
+                for name, node in observer.nodes.items():
+                    reader = observer.readers.get(name)
+                    path = None if reader is None else projection_module(one, reader)
+                    if path is None:
+                        within[f"{site}/{name}"] = node
+                    else:
+                        hook = _input_hook(observer, name)
+                        handles.append(module.get_submodule(path).register_forward_pre_hook(hook))
             if within:
-                observed = {f"{site}/{name}": node for site, c in within.items() for name, node in c.nodes.items()}
-                forward = emit(one.trace, observed=observed)
+                forward = emit(one.trace, observed=within)
                 restores.append(_restore(module))
                 install(module, forward, f"Observed{type(module).__name__}")
-                object.__setattr__(module, "observe", _dispatch(within))
+                object.__setattr__(module, "observe", _dispatch(own))
         yield
     finally:
         for handle in handles:
@@ -107,9 +109,17 @@ def _observed(model: nn.Module, modules: Sequence[SiteModule], collectors: dict[
             restore()
 
 
-def _input_hook(observer: Collector) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def _collector(placed: Placed, value_inputs: bool) -> Collector:
+    if placed.site.is_approximated:
+        return NormCollector(placed.footprint)
+    if value_inputs and placed.site.decomposition == "svd" and reads_one_value(placed.footprint):
+        return ValueCollector(placed.footprint)
+    return collector(placed.footprint)
+
+
+def _input_hook(observer: Collector, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        observer.add("input", inputs[0])
+        observer.add(name, inputs[0])
 
     return observe
 

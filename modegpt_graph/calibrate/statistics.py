@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import shape_of
 from modegpt_graph.match.footprint import Footprint
+from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.operations import Effect, effect
 
 COLUMN_BLOCKS = 4
@@ -90,6 +91,7 @@ class ConsumerCollector:
     def __init__(self, footprint: Footprint) -> None:
         (consumer,) = footprint.outline.consumers.values()
         self.nodes: Mapping[str, fx.Node] = {"input": consumer.source}
+        self.readers: Mapping[str, Linear] = {"input": consumer}
         self._gram = Gram(shape_of(consumer.source)[-1])
 
     def add(self, name: str, value: Tensor) -> None:
@@ -99,7 +101,7 @@ class ConsumerCollector:
     def statistics(self, site: str) -> ConsumerStatistics:
         """The sums so far. Raises OverflowedActivations where they are not finite."""
         gram = self._gram.augmented()
-        _check(gram, site, self._gram.rows)
+        checked(gram, site, self._gram.rows)
         return ConsumerStatistics(gram)
 
 
@@ -109,6 +111,7 @@ class ExpertCollector:
     def __init__(self, footprint: Footprint) -> None:
         (consumer,) = footprint.outline.consumers.values()
         self.nodes: Mapping[str, fx.Node] = {"input": consumer.source}
+        self.readers: Mapping[str, Linear] = {"input": consumer}
         if consumer.offsets is not None:
             self.nodes = {"offsets": consumer.offsets, **self.nodes}
         self._grams = [Gram(shape_of(consumer.source)[-1]) for _ in range(consumer.copies)]
@@ -129,7 +132,7 @@ class ExpertCollector:
         """The sums so far. Raises OverflowedActivations where they are not finite."""
         grams = tuple(gram.augmented() for gram in self._grams)
         for gram, own in zip(grams, self._grams, strict=True):
-            _check(gram, site, own.rows)
+            checked(gram, site, own.rows)
         return ExpertStatistics(grams)
 
 
@@ -138,6 +141,7 @@ class ScoreCollector:
 
     def __init__(self, footprint: Footprint) -> None:
         outline, layout = footprint.outline, footprint.layout
+        self.readers: Mapping[str, Linear] = {}
         query, key = outline.operands
         self.nodes: Mapping[str, fx.Node] = {"query": query, "key": key}
         self._turned = effect(outline.end) is not Effect.ATTENTION
@@ -177,8 +181,8 @@ class ScoreCollector:
         """The sums so far. Raises OverflowedActivations where they are not finite, ModegptError where nothing came."""
         if not self._rows:
             raise ModegptError(f"{site}: no query was seen while the model ran; another module takes its place")
-        _check(self._queries, site, self._rows)
-        _check(self._keys, site, self._rows)
+        checked(self._queries, site, self._rows)
+        checked(self._keys, site, self._rows)
         return ScoreStatistics(self._queries, self._keys[:, 0])
 
 
@@ -215,7 +219,8 @@ def _heads_of(node: fx.Node, footprint: Footprint, columns: Tensor, *, turned: b
     return torch.stack(groups)
 
 
-def _check(sums: Tensor, site: str, rows: int) -> None:
+def checked(sums: Tensor, site: str, rows: int) -> None:
+    """Raise OverflowedActivations where sums over `rows` tokens are not finite."""
     bad = int((~torch.isfinite(sums)).sum())
     if bad:
         raise OverflowedActivations(

@@ -21,6 +21,13 @@ class Allocator(StrEnum):
     uniform = "uniform"
 
 
+class Preset(StrEnum):
+    """Which algorithms decompose the sites."""
+
+    default = "default"
+    paper = "paper"
+
+
 class Dtype(StrEnum):
     """Number format the model is run and saved in; decompositions are float64 in any case."""
 
@@ -54,16 +61,26 @@ def compress(
     window: Annotated[
         int, typer.Option("--calib-window", metavar="N", rich_help_panel=CALIBRATION, help="Tokens in each window.")
     ] = 1024,
+    preset: Annotated[
+        Preset,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="default, or paper: MoDeGPT's three algorithms, scores and allocation to the letter.",
+        ),
+    ] = Preset.default,
     allocator: Annotated[
-        Allocator,
+        Allocator | None,
         typer.Option(
             "--allocator",
             metavar="NAME",
             rich_help_panel=METHOD,
             help="How the ratio is spread over the sites: curves (measured errors, weighed by what they do to the "
             "logits), block-influence or uniform.",
+            show_default="curves; block-influence with --preset paper",
         ),
-    ] = Allocator.curves,
+    ] = None,
     dtype: Annotated[
         Dtype,
         typer.Option(
@@ -112,7 +129,8 @@ def compress(
             model,
             ratio,
             calibration=calibration,
-            allocator=allocator.value,
+            preset=preset.value,
+            allocator=None if allocator is None else allocator.value,
             seed=seed,
             patterns=patterns or None,
             calibration_windows=windows,

@@ -38,8 +38,12 @@ class ValueOutput:
 
 @dataclass(frozen=True)
 class PaperValueOutput:
-    """value (G, D, k) and output (G, g, k, E); errors: (d + 1,) relative error at every rank."""
+    """basis (G, d, k), value = W_v·basis (G, D, k) and output (G, g, k, E).
 
+    errors: (d + 1,) relative error at every rank.
+    """
+
+    basis: Tensor
     value: Tensor
     output: Tensor
     relative_error: float
@@ -102,7 +106,8 @@ def paper_value_output(
     grams = ((value_gram + value_gram.mT) / 2)[:, None].expand(-1, heads, -1, -1)
     if stacked:
         result = value_output_svd(grams, output, rank, sweeps=0)
-        return PaperValueOutput(value @ result.basis, result.output, result.relative_error, result.errors)
+        basis = result.basis
+        return PaperValueOutput(basis, value @ basis, result.output, result.relative_error, result.errors)
     values, vectors = torch.linalg.eigh(grams[:, 0])
     vectors = vectors.flip(-1)
     projected = vectors.mT[:, None] @ output  # (G, g, d, E): in this basis the value features are uncorrelated
@@ -110,7 +115,8 @@ def paper_value_output(
     left = torch.cat([losses.flip(0).cumsum(0).flip(0), losses.new_zeros(1)])
     total = float(left[0])
     errors = left / total if total > 0 else torch.zeros_like(left)
-    return PaperValueOutput(value @ vectors[..., :rank], projected[:, :, :rank], float(errors[rank]), errors)
+    basis = vectors[..., :rank]
+    return PaperValueOutput(basis, value @ basis, projected[:, :, :rank], float(errors[rank]), errors)
 
 
 def _mean_gram_basis(grams: Tensor, outer: Tensor) -> Tensor:

@@ -136,12 +136,16 @@ def _is_written_anew(one: SiteModule) -> bool:
 
 def observed_input(one: SiteModule, footprint: Footprint) -> str | None:
     """The `nn.Linear` whose whole input is what the site's consumer reads; None where there is no such module."""
-    for consumer in footprint.outline.consumers.values():
-        path = consumer.weight.rpartition(".")[0]
-        stack = list((consumer.node.meta.get("nn_module_stack") or {"": ("", "")}).values())
-        if type(one.trace.module.get_submodule(path)) is nn.Linear and stack[-1][0] == f"module.{path}":
-            return path
-    return None
+    found = (projection_module(one, consumer) for consumer in footprint.outline.consumers.values())
+    return next((path for path in found if path is not None), None)
+
+
+def projection_module(one: SiteModule, linear: Linear) -> str | None:
+    """The `nn.Linear` that does nothing but this product; None where there is no such module."""
+    path = linear.weight.rpartition(".")[0]
+    stack = list((linear.node.meta.get("nn_module_stack") or {"": ("", "")}).values())
+    is_whole = type(one.trace.module.get_submodule(path)) is nn.Linear and stack[-1][0] == f"module.{path}"
+    return path if is_whole else None
 
 
 def labels_of(one: SiteModule, placed: Placed) -> dict[str, Tensor]:

@@ -1,23 +1,30 @@
 """Modular decomposition: what `compress` does, and the paper to the letter."""
 
+from collections.abc import Iterable, Mapping
+
 from modegpt_graph.methods.common import Pass, Setting, Smaller, Unavailable
 from modegpt_graph.rewrite.decomposed import decompose
-from modegpt_graph.rewrite.solve import Recipe
+from modegpt_graph.rewrite.presets import PRESETS, Preset
 
-PAPER = Recipe(selection="leverage", score="paper", scale="none")
+METHOD_PRESETS: Mapping[str, str] = {"ours": "default", "paper": "paper"}
+
+
+def needs_value_inputs(methods: Iterable[str]) -> bool:
+    """Whether calibration must collect what value projections read, for one of these methods."""
+    return any(PRESETS[METHOD_PRESETS[name]].value_inputs for name in methods if name in METHOD_PRESETS)
 
 
 def ours(setting: Setting) -> Pass:
-    """The default recipe and allocation of `compress`."""
-    return _modular(setting, Recipe(), "curves")
+    """The default preset of `compress`."""
+    return _modular(setting, PRESETS[METHOD_PRESETS["ours"]])
 
 
 def paper(setting: Setting) -> Pass:
-    """Ridge leverage scores, norm-product scores and block influence.   Source: MoDeGPT (arXiv 2408.09632)."""
-    return _modular(setting, PAPER, "block-influence")
+    """The preset of that name.   Source: MoDeGPT (arXiv 2408.09632)."""
+    return _modular(setting, PRESETS[METHOD_PRESETS["paper"]])
 
 
-def _modular(setting: Setting, recipe: Recipe, allocator: str) -> Pass:
+def _modular(setting: Setting, preset: Preset) -> Pass:
     if not setting.modules:
         raise Unavailable("no site can be made smaller; `analyze` says why")
     decomposed = decompose(
@@ -27,12 +34,12 @@ def _modular(setting: Setting, recipe: Recipe, allocator: str) -> Pass:
         setting.observed,
         setting.tokens,
         setting.total,
-        recipe=recipe,
+        preset=preset,
         progress=setting.progress,
     )
 
     def at(ratio: float) -> Smaller:
-        ranks = decomposed.ranks(ratio, allocator)
+        ranks = decomposed.ranks(ratio, preset.allocator)
         smaller, _ = decomposed.model(decomposed.solutions(ranks))
         return Smaller(smaller, decomposed.removed(ranks))
 

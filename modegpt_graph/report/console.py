@@ -154,7 +154,7 @@ def _asked(analysis: Analysis, outcome: CompressionOutcome) -> RenderableType:
     lines.add_row("calibration", Text(outcome.calibration))
     if outcome.fallback_reason:
         lines.add_row("", Text(f"not the text asked for: {outcome.fallback_reason}", "red"))
-    lines.add_row("allocation", Text(f"{outcome.allocator}, seed {outcome.seed}"))
+    lines.add_row("method", Text(words.method_line(outcome.preset, outcome.allocator, outcome.seed)))
     title = Text.assemble((analysis.model.name, "bold"), ", compressed")
     return Panel(lines, title=title, title_align="left", box=box.ROUNDED, border_style="dim", padding=(0, 1))
 

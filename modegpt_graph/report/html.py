@@ -65,7 +65,7 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
         f"({words.percent(outcome.ratio)} asked): {words.percent(reached.without_embeddings)} of all parameters "
         f"without embeddings, {words.percent(reached.all)} of all.",
         f"Calibrated on {escape(words.sentence(outcome.calibration, start=False))} "
-        f"Ranks by {escape(outcome.allocator)}, seed {outcome.seed}.",
+        f"{escape(words.sentence(words.method_line(outcome.preset, outcome.allocator, outcome.seed)))}",
     ]
     if outcome.fallback_reason:
         reason = escape(words.sentence(outcome.fallback_reason, start=False))

@@ -21,6 +21,7 @@ def measure(
     decoder_linear_parameters: int,
     *,
     ratio: float,
+    preset: str,
     allocator: str,
     seed: int,
     text: Calibration,
@@ -33,6 +34,7 @@ def measure(
     inner_after = parameter_count(smaller, without_embeddings=True)
     return CompressionOutcome(
         ratio=ratio,
+        preset=preset,
         allocator=allocator,
         seed=seed,
         calibration=text.description,

@@ -39,7 +39,8 @@ class Ratios:
 class CompressionOutcome:
     """What was asked, what was reached, what it cost and what it did to the model.
 
-    ratio: asked for.   calibration, evaluation: one line that describes the text ("32 windows of 1,024 of wikitext2").
+    ratio: asked for.   preset: the algorithms, by name.   allocator: how the ratio was spread.
+    calibration, evaluation: one line that describes the text ("32 windows of 1,024 of wikitext2").
     fallback_reason: why another calibration source than the one asked for was used, None where it was not.
     bytes_*: of the saved weights.   cache_bytes_per_token_*: key/value cache of one token of one sequence, all layers.
     seconds: by stage, in the order they ran.   forward_passes: cost of calibration in plain passes over its tokens.
@@ -67,3 +68,4 @@ class CompressionOutcome:
     kl: float | None = None
     evaluation: str | None = None
     approximation: str | None = None
+    preset: str = "default"

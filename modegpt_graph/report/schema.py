@@ -127,6 +127,7 @@ class CompressionJson(Strict):
     kl: float | None
     evaluation: str | None
     approximation: str | None = None
+    preset: str = "default"
 
 
 class AnalysisJson(Strict):
@@ -245,6 +246,7 @@ def _read_outcome(report: CompressionReportJson) -> CompressionOutcome:
         raise InputError("report.json has no parameter counts; compress the model again")
     return CompressionOutcome(
         ratio=compression.ratio,
+        preset=compression.preset,
         allocator=compression.allocator,
         seed=compression.seed,
         calibration=compression.calibration,

@@ -37,6 +37,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def method_line(preset: str, allocator: str, seed: int) -> str:
+    """preset paper, ranks by block-influence, seed 0; the default preset is not named."""
+    return f"{'' if preset == 'default' else f'preset {preset}, '}ranks by {allocator}, seed {seed}"
+
+
 def byte_count(number: int) -> str:
     """512 B, 23.0 kB, 538.1 MB: powers of 1000, as discs are sold."""
     for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):

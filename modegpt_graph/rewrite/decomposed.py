@@ -13,9 +13,10 @@ from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.budget import site_items
+from modegpt_graph.rewrite.presets import PRESETS, Preset
 from modegpt_graph.rewrite.ranks import curve_ranks, layer_ranks, site_weights
 from modegpt_graph.rewrite.solution import Solution
-from modegpt_graph.rewrite.solve import Recipe, Solver, solver
+from modegpt_graph.rewrite.solve import Solver
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,16 @@ def decompose(
     tokens: Tensor,
     total: int,
     *,
-    recipe: Recipe | None = None,
+    preset: Preset = PRESETS["default"],
     progress: Progress | None = None,
 ) -> Decomposed:
-    """Every site's solver from what was observed on the calibration tokens. recipe: the default one where None."""
-    recipe, progress = recipe or Recipe(), progress or NullProgress()
+    """Every site's solver, by the preset's algorithms, from what was observed on the calibration tokens."""
+    progress = progress or NullProgress()
     placed = [(one.path, placed) for one in modules for placed in one.placed]
     solvers = {}
     with progress.stage("decompose", len(placed)) as stage:
         for path, one in placed:
             statistics = observed.statistics[one.site.id]
-            solvers[one.site.id] = solver(one, dense.get_submodule(path), statistics, recipe)
+            solvers[one.site.id] = preset.solver(one, dense.get_submodule(path), statistics, preset.recipe)
             stage.advance()
     return Decomposed(dense, modules, layers, observed, solvers, site_items(modules), tokens, total, progress)

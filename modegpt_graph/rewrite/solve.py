@@ -71,7 +71,7 @@ def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Re
         raise ModegptError(f"{site.id}: {1 + len(others)} matrices are to be fitted again; one is supported")
     if isinstance(statistics, ExpertStatistics):
         return ExpertsSolver([_expert(placed, module, statistics, recipe, copy) for copy in range(linear.copies)])
-    return _consumer_solver(placed, _consumer_problem(module, linear, layout, role, statistics.gram), recipe)
+    return _consumer_solver(placed, consumer_problem(module, linear, layout, role, statistics.gram), recipe)
 
 
 def _consumer_solver(placed: Placed, problem: "Problem", recipe: Recipe) -> Solver:
@@ -100,16 +100,16 @@ def _expert(placed: Placed, module: nn.Module, statistics: ExpertStatistics, rec
     alone = replace(placed, footprint=replace(placed.footprint, layout=placed.footprint.one))
     ((role, linear),) = placed.footprint.outline.consumers.items()
     gram, tokens = statistics.grams[copy], statistics.tokens[copy]
-    seen = _consumer_problem(module, linear, placed.footprint.one, role, gram, copy)
-    supposed = _consumer_problem(module, linear, placed.footprint.one, role, shrunk(gram), copy)
+    seen = consumer_problem(module, linear, placed.footprint.one, role, gram, copy)
+    supposed = consumer_problem(module, linear, placed.footprint.one, role, shrunk(gram), copy)
     found = _consumer_solver(alone, supposed, recipe if tokens else replace(recipe, selection="energy"))
     return Expert(seen.gram, seen.weight, seen.bias, found, tokens)
 
 
-def _consumer_problem(
+def consumer_problem(
     module: nn.Module, linear: Linear, layout: Layout, role: str, gram: Tensor, copy: int | None = None
 ) -> Problem:
-    """copy: which expert of a tensor that holds several."""
+    """A consumer's problem in the order of the layout. copy: which expert of a tensor that holds several."""
     weight = module.get_parameter(linear.weight).detach()
     bias = module.get_parameter(linear.bias).detach().double() if linear.bias else None
     if copy is not None:

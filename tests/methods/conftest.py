@@ -36,6 +36,6 @@ def _setting(model: Any) -> Setting:
         resolve(model, example_inputs=None if hasattr(model, "config") else (ids,)), read_patterns()
     )
     modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
-    observed = calibrate(model, modules, layers, ids)
+    observed = calibrate(model, modules, layers, ids, value_inputs=True)
     sizes = matrix_sizes(surveyed.trace)
     return Setting(model, surveyed, modules, layers, sizes, ids, observed, 0, NullProgress())

@@ -75,6 +75,7 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
     assert (value["layer"], value["groups"], value["rank"], value["full_rank"]) == (0, 3, 29, 64)
     assert report["compression"] == {
         "ratio": 0.3,
+        "preset": "default",
         "allocator": "block-influence",
         "seed": 0,
         "calibration": "32 windows of 1,024 of wikitext2 (train)",

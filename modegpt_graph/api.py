@@ -1,7 +1,7 @@
 """The façade: analyse, compress, load, verify and evaluate a model, given by name or as a module in memory."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from modegpt_graph.compression import Report, Result, check_request, prepare
 from modegpt_graph.errors import InputError
 from modegpt_graph.evaluate import perplexity
 from modegpt_graph.evaluate.proof import Proof, prove
+from modegpt_graph.evaluate.task_files import read_task
+from modegpt_graph.evaluate.tasks import Accuracy, accuracies
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.meeting import Meeting, meet
 from modegpt_graph.match.pattern_file import load_pattern
@@ -32,12 +34,13 @@ Model = str | Path | nn.Module
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity of a model on a text."""
+    """Perplexity of a model on a text, None where there was no text; and its accuracy on every task."""
 
-    perplexity: float
-    windows: int
-    window: int
-    text: str
+    perplexity: float | None = None
+    windows: int | None = None
+    window: int | None = None
+    text: str | None = None
+    tasks: tuple[Accuracy, ...] = ()
 
 
 def analyze(
@@ -152,14 +155,23 @@ def verify(
 
 def evaluate(
     model_or_dir: Model,
-    text: str | Path | Tensor,
+    text: str | Path | Tensor | None = None,
     window: int = 2048,
     windows: int | None = None,
     *,
+    tasks: Iterable[str | Path] = (),
+    questions: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a model or of a compressed folder: the whole text tokenised once, in non-overlapping windows."""
+    """Perplexity of a model or of a compressed folder: the whole text tokenised once, in non-overlapping windows.
+
+    tasks: .jsonl files of questions with several answers, for zero-shot accuracy.   questions: only the first of each.
+    Raises InputError where there is neither text nor task, or one cannot be read.
+    """
+    asked = tuple(read_task(file, questions) for file in tasks)
+    if text is None and not asked:
+        raise InputError("nothing to evaluate on: give a text, tasks, or both")
     progress = progress or NullProgress()
     with progress.stage("load the model"):
         if not isinstance(model_or_dir, nn.Module) and checkpoint.is_compressed(Path(model_or_dir)):
@@ -168,10 +180,12 @@ def evaluate(
         else:
             source = resolve(model_or_dir, trust_remote_code=trust_remote_code)
             model, tokenizer = source.load(), source.tokenizer()
-    tokens = evaluation_windows(text, tokenizer, window, windows)
-    with progress.stage("evaluate"):
-        value = perplexity(model, tokens)
-    return Evaluation(value, tokens.shape[0], tokens.shape[1], _name_of(text))
+    measured = Evaluation()
+    if text is not None:
+        tokens = evaluation_windows(text, tokenizer, window, windows)
+        with progress.stage("evaluate"):
+            measured = Evaluation(perplexity(model, tokens), tokens.shape[0], tokens.shape[1], _name_of(text))
+    return replace(measured, tasks=accuracies(model, tokenizer, asked, progress)) if asked else measured
 
 
 def compare_methods(

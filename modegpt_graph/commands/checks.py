@@ -65,6 +65,16 @@ def text_source(option: str, source: str) -> None:
         raise InputError(f"{option} {source}: there is no such file")
 
 
+def task_files(files: list[str], option: str = "--tasks") -> None:
+    """Every one a `.jsonl` file that is there."""
+    for file in files:
+        path = Path(file).expanduser()
+        if path.suffix.lower() != ".jsonl":
+            raise InputError(f"{option} {file}: a task is a .jsonl file")
+        if not path.is_file():
+            raise InputError(f"{option} {file}: there is no such file")
+
+
 def pattern_sources(paths: list[Path], option: str = "--patterns") -> None:
     """Every one a `.toml` file or a folder that has some."""
     for path in paths:

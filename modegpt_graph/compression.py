@@ -213,5 +213,7 @@ def prepare(
         observed = calibrate(dense, modules, layers, text.tokens, progress, value_inputs=chosen.value_inputs)
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
-        decomposed = decompose(dense, modules, layers, observed, text.tokens, total, preset=chosen, progress=progress)
+        decomposed = decompose(
+            dense, surveyed, modules, layers, observed, text.tokens, total, preset=chosen, progress=progress
+        )
     return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, clock, progress)

@@ -70,7 +70,10 @@ COMPRESS = ("compress", "demo", "--out", "small", "--ratio")
         ((*COMPRESS, "0.3", "--calib", "full/model.bin"), "the kinds of file read are .txt"),
         ((*COMPRESS, "0.3", "--calib-windows", "0"), "--calib-windows 0 is too small"),
         ((*COMPRESS, "0.3", "--calib-window", "1"), "--calib-window 1 is too small"),
-        ((*COMPRESS, "0.3", "--allocator", "fair"), "'fair' is not one of 'curves', 'block-influence', 'uniform'"),
+        (
+            (*COMPRESS, "0.3", "--allocator", "fair"),
+            "'fair' is not one of 'curves', 'block-influence', 'split-influence', 'owl'",
+        ),
         ((*COMPRESS, "0.3", "--dtype", "int8"), "'int8' is not one of"),
         ((*COMPRESS, "0.3", "--json", "no/report.json"), "there is no folder no; make it first"),
         ((*COMPRESS, "0.3", "--json", "full"), "--json full is a folder"),

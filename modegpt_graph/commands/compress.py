@@ -18,6 +18,8 @@ class Allocator(StrEnum):
 
     curves = "curves"
     block_influence = "block-influence"
+    split_influence = "split-influence"
+    owl = "owl"
     uniform = "uniform"
 
 
@@ -77,7 +79,8 @@ def compress(
             metavar="NAME",
             rich_help_panel=METHOD,
             help="How the ratio is spread over the sites: curves (measured errors, weighed by what they do to the "
-            "logits), block-influence or uniform.",
+            "logits), block-influence (of layers), split-influence (of attention and MLP apart), owl (outliers) or "
+            "uniform.",
             show_default="curves; block-influence with --preset paper",
         ),
     ] = None,

@@ -29,6 +29,7 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
         raise Unavailable("no site can be made smaller; `analyze` says why")
     decomposed = decompose(
         setting.dense,
+        setting.surveyed,
         setting.modules,
         setting.layers,
         setting.observed,

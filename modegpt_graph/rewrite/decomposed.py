@@ -8,13 +8,16 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from modegpt_graph.allocate.budget import Item, removed_parameters
+from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.observe import Calibrated
+from modegpt_graph.calibrate.outliers import outlier_shares
 from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.budget import site_items
 from modegpt_graph.rewrite.presets import PRESETS, Preset
-from modegpt_graph.rewrite.ranks import curve_ranks, layer_ranks, site_weights
+from modegpt_graph.rewrite.ranks import block_ranks, curve_ranks, layer_ranks, outlier_ranks, site_weights
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import Solver
 
@@ -29,6 +32,7 @@ class Decomposed:
     """
 
     dense: nn.Module
+    surveyed: Surveyed
     modules: tuple[SiteModule, ...]
     layers: tuple[str, ...]
     observed: Calibrated
@@ -43,6 +47,17 @@ class Decomposed:
         """KL divergence per unit of each site's error: measured when first asked for, then kept for all ratios."""
         return site_weights(self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress)
 
+    @cached_property
+    def blocks(self) -> tuple[tuple[Block, ...], list[float | None]]:
+        """Attention and MLP blocks, and the influence of each: measured when first asked for."""
+        blocks = blocks_of(self.surveyed)
+        return blocks, block_influence(self.dense, blocks, self.tokens, self.progress)
+
+    @cached_property
+    def outliers(self) -> Tensor:
+        """(L,) share of outliers among the weights of each layer: measured when first asked for."""
+        return outlier_shares(self.dense, self.surveyed, self.tokens, self.progress)
+
     def ranks(self, ratio: float, allocator: str = "curves", *, without: Collection[str] = ()) -> dict[str, int]:
         """Rank of every site such that `ratio` of `total` goes. without: ids of sites that are left whole.
 
@@ -51,6 +66,10 @@ class Decomposed:
         items: Sequence[Item] = [item for item in self.items if item.id not in without]
         if allocator == "curves":
             ranks = curve_ranks(items, self.solvers, self.weights, self.total, ratio)
+        elif allocator == "split-influence":
+            ranks = block_ranks(items, *self.blocks, self.observed.importance, self.total, ratio)
+        elif allocator == "owl":
+            ranks = outlier_ranks(items, self.outliers, self.total, ratio)
         else:
             ranks = layer_ranks(allocator, items, self.observed.importance, self.total, ratio)
         return {item.id: ranks.get(item.id, item.full_rank) for item in self.items}
@@ -72,6 +91,7 @@ class Decomposed:
 
 def decompose(
     dense: nn.Module,
+    surveyed: Surveyed,
     modules: tuple[SiteModule, ...],
     layers: tuple[str, ...],
     observed: Calibrated,
@@ -90,4 +110,4 @@ def decompose(
             statistics = observed.statistics[one.site.id]
             solvers[one.site.id] = preset.solver(one, dense.get_submodule(path), statistics, preset.recipe)
             stage.advance()
-    return Decomposed(dense, modules, layers, observed, solvers, site_items(modules), tokens, total, progress)
+    return Decomposed(dense, surveyed, modules, layers, observed, solvers, site_items(modules), tokens, total, progress)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from modegpt_graph.allocate.budget import Item, ranks_for_ratios
 from modegpt_graph.allocate.curves import allocate_by_curves
 from modegpt_graph.allocate.entropic import entropic_ratios, uniform_ratios
+from modegpt_graph.allocate.outliers import outlier_ratios
+from modegpt_graph.calibrate.blocks import Block
 from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.influence import influences
 from modegpt_graph.rewrite.solve import Solver
 
-ALLOCATORS = ("curves", "block-influence", "uniform")
+ALLOCATORS = ("curves", "block-influence", "split-influence", "owl", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives
 PROBE_WINDOWS, PROBE_WINDOW = 2, 160  # tokens that sites are weighed on
 PROBE_LAYERS = 32  # of each kind of site
@@ -31,6 +34,39 @@ def layer_ranks(
         ratios = uniform_ratios(len(importance), ratio)
     else:
         ratios = entropic_ratios(importance, ratio, TEMPERATURE)
+    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total_parameters, ratio)
+
+
+def block_ranks(
+    items: Sequence[Item],
+    blocks: Sequence[Block],
+    influence: Sequence[float | None],
+    importance: Tensor,
+    total_parameters: int,
+    ratio: float,
+) -> dict[str, int]:
+    """`split-influence`: attention and MLP of a layer are scored apart, each weighing what its sites' parameters do.
+
+    influence: of every block; one that could not be seen has its layer's importance.
+    Source: MoDeGPT (arXiv 2408.09632), appendix B.11.
+    """
+    places = {site: number for number, block in enumerate(blocks) for site in block.sites}
+    scores = [
+        float(importance[block.layer or 0]) if score is None else score
+        for block, score in zip(blocks, influence, strict=True)
+    ]
+    own = [item for item in items if item.id in places]
+    sizes = torch.zeros(len(blocks), dtype=torch.float64)
+    for item in own:
+        sizes[places[item.id]] += item.removed(0)
+    ratios = entropic_ratios(torch.tensor(scores), ratio, TEMPERATURE, weights=sizes)
+    moved = [replace(item, layer=places[item.id]) for item in own]
+    return ranks_for_ratios(moved, dict(enumerate(ratios.tolist())), total_parameters, ratio)
+
+
+def outlier_ranks(items: Sequence[Item], shares: Tensor, total_parameters: int, ratio: float) -> dict[str, int]:
+    """`owl`: layers with more outliers keep more."""
+    ratios = outlier_ratios(shares, ratio)
     return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total_parameters, ratio)
 
 

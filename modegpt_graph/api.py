@@ -85,6 +85,7 @@ def compress(
     *,
     calibration: str | Path | Tensor = "wikitext2",
     preset: str = "default",
+    recalibrate: bool | None = None,
     allocator: str | None = None,
     seed: int = 0,
     patterns: Iterable[str | Path] | None = None,
@@ -104,6 +105,8 @@ def compress(
 
     calibration: a text file, a data set's name, `self`, or token ids (windows, window).
     preset: `default`, or `paper` for MoDeGPT's algorithms to the letter.   allocator: the preset's own where None.
+    recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
+    which costs two to three more passes over the calibration text; as the preset has it where None.
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, unknown models, missing text.
     """
     check_request(ratio, allocator, preset)
@@ -118,6 +121,7 @@ def compress(
         dtype=dtype,
         approximate_norm=approximate_norm,
         preset=preset,
+        recalibrate=recalibrate,
         progress=progress,
     )
     return prepared.at(ratio, allocator)

@@ -102,6 +102,7 @@ class Prepared:
     held_out: Tensor | None
     seed: int
     preset: str
+    recalibrates: bool
     clock: Clock
     progress: Progress
 
@@ -121,6 +122,9 @@ class Prepared:
             solutions = decomposed.solutions(decomposed.ranks(ratio, allocator))
         with clock("rewrite"), progress.stage("rewrite"):
             smaller, rewritten = decomposed.model(solutions)
+        if self.recalibrates:
+            with clock("recalibrate"):
+                solutions = decomposed.recalibrated(smaller, solutions)
         outcome = measure(
             dense,
             smaller,
@@ -189,11 +193,13 @@ def prepare(
     dtype: str = "float32",
     approximate_norm: bool = False,
     preset: str = "default",
+    recalibrate: bool | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, analyse, calibrate and decompose a model.
 
-    windows, window: of calibration text.   evaluating: whether windows of it are held out.   Raises as `compress`.
+    windows, window: of calibration text.   evaluating: whether windows of it are held out.
+    recalibrate: whether results are recalibrated; as the preset has it where None.   Raises as `compress`.
     """
     progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
     with clock("load"), progress.stage("load the model"):
@@ -216,4 +222,5 @@ def prepare(
         decomposed = decompose(
             dense, surveyed, modules, layers, observed, text.tokens, total, preset=chosen, progress=progress
         )
-    return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, clock, progress)
+    again = chosen.recalibrates if recalibrate is None else recalibrate
+    return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, again, clock, progress)

@@ -84,6 +84,16 @@ def compress(
             show_default="curves; block-influence with --preset paper",
         ),
     ] = None,
+    recalibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--recalibrate/--no-recalibrate",
+            rich_help_panel=METHOD,
+            help="Fit the smaller model's layers again, one after the other, on what each really reads: better, for "
+            "about twice the time.",
+            show_default="recalibrate; not with --preset paper",
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype,
         typer.Option(
@@ -133,6 +143,7 @@ def compress(
             ratio,
             calibration=calibration,
             preset=preset.value,
+            recalibrate=recalibrate,
             allocator=None if allocator is None else allocator.value,
             seed=seed,
             patterns=patterns or None,

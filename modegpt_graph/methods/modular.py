@@ -41,7 +41,10 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
 
     def at(ratio: float) -> Smaller:
         ranks = decomposed.ranks(ratio, preset.allocator)
-        smaller, _ = decomposed.model(decomposed.solutions(ranks))
+        solutions = decomposed.solutions(ranks)
+        smaller, _ = decomposed.model(solutions)
+        if preset.recalibrates:
+            decomposed.recalibrated(smaller, solutions)
         return Smaller(smaller, decomposed.removed(ranks))
 
     return at

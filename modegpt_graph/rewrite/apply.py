@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
+from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
 from modegpt_graph.match.modules import Placed, SiteModule, labels_of
 from modegpt_graph.match.probe import selection_of
@@ -177,7 +178,7 @@ def _select_rows(matrix: _Matrix, members: Tensor, places: Tensor, sources: Tens
     if matrix.weight.is_meta:
         return
     heads = members.shape[1]
-    targets = members.gather(2, places[:, None].expand(-1, heads, -1))  # (G, g, k)
+    targets = _targets(members, places)
     if mapped is None:
         chosen = members.gather(2, sources[:, None].expand(-1, heads, -1))
         weight, bias = matrix.weight[chosen], None if matrix.bias is None else matrix.bias[chosen]
@@ -194,10 +195,7 @@ def _select_columns(
 ) -> None:
     """Put new columns into the places that stay, and drop the others."""
     heads = members.shape[1]
-    targets = members.gather(2, places[:, None].expand(-1, heads, -1))  # (G, g, k)
-    untouched = torch.ones(matrix.weight.shape[1], dtype=torch.bool)
-    untouched[members.flatten()] = False
-    untouched[targets.flatten()] = True
+    targets = _targets(members, places)
     if not matrix.weight.is_meta:
         if refit is None:
             chosen = members.gather(2, sources[:, None].expand(-1, heads, -1))
@@ -207,7 +205,31 @@ def _select_columns(
             matrix.weight[:, targets.flatten()] = weight.flatten(0, 2).T.to(matrix.weight.dtype)
             if bias is not None and matrix.bias is not None:
                 matrix.bias = bias.to(matrix.bias.dtype)
-    matrix.columns = untouched.nonzero().flatten()
+    matrix.columns = _columns_that_stay(members, targets, matrix.weight.shape[1]).nonzero().flatten()
+
+
+def refit_in(linear: nn.Linear, members: Tensor, layout: Layout, solution: Solution) -> tuple[Tensor, Tensor | None]:
+    """The (G, g, k, D) rows and the (D,) bias that a rewritten consumer has for a site's features, in float64.
+
+    members: (G, g, d) input columns that they had before the rewrite.
+    """
+    targets = _targets(members, slots(layout, [kept.shape[1] for kept in solution.kept]))
+    stays = _columns_that_stay(members, targets, linear.in_features + members.numel() - targets.numel())
+    rows = linear.weight.detach().double().T[stays.cumsum(0)[targets] - 1]
+    return rows, None if linear.bias is None else linear.bias.detach().double()
+
+
+def _targets(members: Tensor, places: Tensor) -> Tensor:
+    """(G, g, k) rows or columns that stay. members: (G, g, d).   places: (G, k)."""
+    return members.gather(2, places[:, None].expand(-1, members.shape[1], -1))
+
+
+def _columns_that_stay(members: Tensor, targets: Tensor, count: int) -> Tensor:
+    """(count,) which columns of a consumer stay: a site's targets, and all that are not the site's."""
+    stays = torch.ones(count, dtype=torch.bool)
+    stays[members.flatten()] = False
+    stays[targets.flatten()] = True
+    return stays
 
 
 def _replace(module: nn.Module, copies: Sequence[_Matrix], converts: bool) -> tuple[str, Resized]:

@@ -18,6 +18,7 @@ from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.budget import site_items
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 from modegpt_graph.rewrite.ranks import block_ranks, curve_ranks, layer_ranks, outlier_ranks, site_weights
+from modegpt_graph.rewrite.recalibrated import recalibrated
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import Solver
 
@@ -83,6 +84,19 @@ class Decomposed:
         """A copy of the dense model with these solutions in place, and the modules that were rewritten."""
         smaller = copy.deepcopy(self.dense)
         return smaller, rewrite(smaller, self.modules, solutions)
+
+    def recalibrated(self, smaller: nn.Module, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
+        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read."""
+        return recalibrated(
+            self.dense,
+            smaller,
+            self.modules,
+            self.layers,
+            self.observed.statistics,
+            solutions,
+            self.tokens,
+            self.progress,
+        )
 
     def removed(self, ranks: Mapping[str, int]) -> int:
         """Decoder-layer linear parameters that go with these ranks."""

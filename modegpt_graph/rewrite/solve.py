@@ -12,6 +12,7 @@ from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
 from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
 from modegpt_graph.decompose.logits import Scale
+from modegpt_graph.decompose.numerics import energy, ratio_of
 from modegpt_graph.decompose.nystrom import Selection, consumer, refit_rows, selection_order
 from modegpt_graph.decompose.refit import refit
 from modegpt_graph.decompose.svd import query_key_svd
@@ -21,7 +22,7 @@ from modegpt_graph.flow.layout import Layout
 from modegpt_graph.match.modules import Placed
 from modegpt_graph.rewrite.approximate_norm import ApproximateScoreBlocks
 from modegpt_graph.rewrite.experts import Expert, ExpertsSolver, shrunk
-from modegpt_graph.rewrite.solution import Solution
+from modegpt_graph.rewrite.solution import Solution, taken
 from modegpt_graph.trace.linear import Linear
 
 
@@ -51,6 +52,27 @@ class Solver(Protocol):
     def solution(self, rank: int) -> Solution:
         """The site's matrices at `rank` features a group."""
         ...
+
+
+def consumer_error(problem: "Problem", members: Tensor, layout: Layout, solution: Solution) -> float:
+    """‖X W + b − X E − b̂‖² / ‖X W + b‖² for what a solution makes of a consumer: E spreads it over all features.
+
+    members: (G, g, d) the consumer's input columns, for their shape alone.
+    """
+    rows, bias = solution.refits[problem.role]
+    groups, heads, size = members.shape
+    if solution.maps:
+        spread = next(iter(solution.maps.values())) @ rows  # (G, g, d, D)
+    else:
+        sources = taken(layout, solution.kept)[:, None, :, None].expand(-1, heads, -1, rows.shape[-1])
+        spread = rows.new_zeros(groups, heads, size, rows.shape[-1]).scatter(2, sources, rows)
+    whole, difference = problem.weight, problem.weight - spread.flatten(0, 2)
+    if problem.bias is not None and bias is not None:
+        whole, difference = (
+            torch.cat([w, b[None]]) for w, b in ((whole, problem.bias), (difference, problem.bias - bias))
+        )
+    gram = problem.gram[: len(whole), : len(whole)]
+    return ratio_of(float(energy(gram, difference)), float(energy(gram, whole)))
 
 
 def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Recipe) -> Solver:

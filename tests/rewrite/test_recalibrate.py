@@ -1,0 +1,117 @@
+"""Consumers are fitted again to what the smaller model really computes, and only where the stream is known."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from fixtures.families import family
+from fixtures.library import build
+from torch import nn
+
+import modegpt_graph as mg
+from modegpt_graph.compression import prepare
+from modegpt_graph.evaluate import kl_divergence
+from modegpt_graph.models import forward_logits, resolve
+from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
+from modegpt_graph.rewrite.recalibrate import recalibrate, stream_shares
+
+WINDOWS, WINDOW = 16, 64
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    # Few different tokens in a fixed order of succession: something that a fit can learn and keep.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 24, (WINDOWS, WINDOW), generator=generator)
+
+
+def paths(model: Any, *ends: str) -> dict[str, bool]:
+    return {path: True for path, _ in model.named_modules() if path.endswith(ends)}
+
+
+def layers(model: Any) -> list[str]:
+    return [f"model.layers.{index}" for index in range(len(model.model.layers))]
+
+
+def test_a_pass_stops_where_a_hook_says_and_raises_what_it_raises() -> None:
+    seen = []
+
+    def work() -> None:
+        for number in range(3):
+            own = current_pass()
+            assert own is not None
+            own.stop(number)
+            seen.append(number)
+        raise ValueError("the end")
+
+    one = SteppedPass(work)
+    assert [one.advance() for _ in range(3)] == [0, 1, 2]
+    assert seen == [0, 1]
+    with pytest.raises(ValueError, match="the end"):
+        one.advance()
+    assert one.advance() is None
+    other = SteppedPass(work)
+    other.advance()
+    other.abandon()
+    assert not other.is_alive()
+    assert seen == [0, 1, 2]
+
+
+def test_shares_are_the_constants_by_which_consumers_enter_the_stream() -> None:
+    model = build("granite", "cpu")
+    multiplier = model.config.residual_multiplier
+    found = stream_shares(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1])
+    assert len(found) == 2 * len(layers(model))
+    assert list(found.values()) == pytest.approx([multiplier] * len(found), rel=1e-4)
+
+
+def test_a_layer_with_a_norm_after_its_consumers_has_no_shares() -> None:
+    model = build("gemma2", "cpu")
+    assert stream_shares(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1]) == {}
+
+
+def test_a_layer_whose_change_has_another_part_has_no_shares() -> None:
+    model = family("llama")
+    assert stream_shares(model, layers(model), paths(model, "down_proj"), tokens()[:1]) == {}
+
+
+def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones() -> None:
+    dense = family("llama")
+    consumers = paths(dense, "o_proj", "down_proj")
+    smaller = copy.deepcopy(dense)
+    broken = next(iter(consumers))
+    nn.init.zeros_(smaller.get_submodule(broken).weight)
+    others = {path: path != broken for path in consumers}
+    unchanged = {name: value.clone() for name, value in smaller.state_dict().items()}
+    before = kl_divergence(dense, smaller, tokens(1))
+    recalibrate(dense, smaller, layers(dense), others, tokens())
+    assert kl_divergence(dense, smaller, tokens(1)) < 0.7 * before
+    changed = {name for name, value in smaller.state_dict().items() if not torch.equal(value, unchanged[name])}
+    assert changed == {f"{path}.weight" for path, may in others.items() if may}
+
+
+def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
+    dense = family("llama")
+    smaller = copy.deepcopy(dense)
+    recalibrate(dense, smaller, layers(dense), paths(dense, "o_proj", "down_proj"), tokens())
+    torch.testing.assert_close(smaller.state_dict(), dense.state_dict(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with biases", "opt", "phi", "gpt-neox"])
+def test_errors_after_recalibration_are_those_of_the_new_matrices(name: str) -> None:
+    dense = family(name)
+    prepared = prepare(resolve(dense), calibration=tokens(), evaluating=False)
+    before = prepared.decomposed.solutions(prepared.decomposed.ranks(0.4))
+    result = prepared.at(0.4)
+    after = {site.id: site.relative_error for site in result.report.outcome.sites}  # type: ignore[union-attr]
+    again, _ = prepared.decomposed.model(result._solutions)
+    torch.testing.assert_close(forward_logits(again, tokens()), forward_logits(result.model, tokens()))
+    moved = [site for site, one in before.items() if after[site] != one.relative_error]
+    assert moved
+
+
+def test_recalibration_is_closer_to_the_dense_model_on_other_text() -> None:
+    dense = family("llama")
+    closer = mg.compress(dense, 0.5, calibration=tokens(), evaluate=False)
+    plain = mg.compress(dense, 0.5, calibration=tokens(), evaluate=False, recalibrate=False)
+    assert kl_divergence(dense, closer.model, tokens(1)) < kl_divergence(dense, plain.model, tokens(1))

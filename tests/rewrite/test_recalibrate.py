@@ -14,7 +14,8 @@ from modegpt_graph.compression import prepare
 from modegpt_graph.evaluate import kl_divergence
 from modegpt_graph.models import forward_logits, resolve
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
-from modegpt_graph.rewrite.recalibrate import recalibrate, stream_shares
+from modegpt_graph.rewrite.recalibrate import recalibrate
+from modegpt_graph.rewrite.stream import stream_entries
 
 WINDOWS, WINDOW = 16, 64
 
@@ -57,26 +58,41 @@ def test_a_pass_stops_where_a_hook_says_and_raises_what_it_raises() -> None:
     assert seen == [0, 1, 2]
 
 
-def test_shares_are_the_constants_by_which_consumers_enter_the_stream() -> None:
+def test_entries_have_the_constants_by_which_consumers_enter_the_stream() -> None:
     model = build("granite", "cpu")
     multiplier = model.config.residual_multiplier
-    found = stream_shares(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1])
+    found = stream_entries(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1])
     assert len(found) == 2 * len(layers(model))
-    assert list(found.values()) == pytest.approx([multiplier] * len(found), rel=1e-4)
+    assert [one.constant for one in found.values()] == pytest.approx([multiplier] * len(found), rel=1e-4)
+    assert all(one.follower is None for one in found.values())
 
 
-def test_a_layer_with_a_norm_after_its_consumers_has_no_shares() -> None:
+def test_a_norm_after_a_consumer_is_found_with_its_gains() -> None:
     model = build("gemma2", "cpu")
-    assert stream_shares(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1]) == {}
+    found = stream_entries(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1])
+    assert [one.constant for one in found.values()] == pytest.approx([1.0] * 2 * len(layers(model)), rel=1e-4)
+    for one in found.values():
+        assert one.follower is not None
+        assert one.gains is not None
+        expected = 1 + model.get_submodule(one.follower).weight.double()
+        torch.testing.assert_close(one.gains / one.gains.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_whose_change_has_another_part_has_no_shares() -> None:
+def test_a_follower_that_does_more_than_scale_has_no_entry() -> None:
+    model = build("gemma2", "cpu")
+    for layer in model.model.layers:
+        layer.post_feedforward_layernorm = nn.Sequential(nn.LayerNorm(32), nn.Tanh())
+    assert stream_entries(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1]) == {}
+
+
+def test_a_layer_whose_change_has_another_part_has_no_entry() -> None:
     model = family("llama")
-    assert stream_shares(model, layers(model), paths(model, "down_proj"), tokens()[:1]) == {}
+    assert stream_entries(model, layers(model), paths(model, "down_proj"), tokens()[:1]) == {}
 
 
-def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones() -> None:
-    dense = family("llama")
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones(name: str) -> None:
+    dense = family(name) if name == "llama" else build(name, "cpu")
     consumers = paths(dense, "o_proj", "down_proj")
     smaller = copy.deepcopy(dense)
     broken = next(iter(consumers))

@@ -1,0 +1,165 @@
+"""How what a layer's consumers put out enters the residual stream, found from what one short pass shows."""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.models import forward_logits
+
+EXPLAINED = 0.02  # of a layer's change may be left over; bfloat16 rounds a sum of a few terms by less
+SCALE_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A consumer's output o enters the stream as constant · o, or as constant · follower(o).
+
+    follower: path of a module, in the model, that scales rows and columns and does nothing else (a norm without a
+    mean): follower(o)_td = s_t · gains_d · o_td.   gains: (D,) float64, None without a follower.
+    """
+
+    constant: float
+    follower: str | None = None
+    gains: Tensor | None = None
+
+
+@dataclass
+class _Layer:
+    """What one layer was given, what its consumers put out, what modules made of that, and what came of it."""
+
+    given: Tensor | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    followed: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
+    result: Tensor | None = None
+
+
+def stream_entries(
+    model: nn.Module, layers: Sequence[str], consumers: Collection[str], tokens: Tensor
+) -> dict[str, Entry]:
+    """consumer → how it enters the stream, in the layers where x_out = x_in + Σ_j constant_j · branch_j.
+
+    layers, consumers: paths.   tokens: (1, S) for one pass. Constants are found by least squares; a layer is taken
+    where they leave nothing of its change. Consumers that are called more than once have no entry.
+    """
+    seen, calls = _watched(model, layers, consumers, tokens)
+    entries: dict[str, Entry] = {}
+    for layer in seen:
+        if all(calls[path] == 1 for path in layer.outputs):
+            entries |= _entries_of(layer, model)
+    return entries
+
+
+def layer_input(args: tuple, kwargs: dict) -> Tensor | None:
+    """The hidden states that a layer was called with: the first tensor among its arguments."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def row_scales(output: Tensor, branch: Tensor, gains: Tensor) -> Tensor:
+    """(T, 1) the s_t of a follower's `branch` (T, D) for a consumer's `output` (T, D)."""
+    scaled = output * gains.to(output.dtype)
+    return (scaled * branch).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def _watched(
+    model: nn.Module, layers: Sequence[str], consumers: Collection[str], tokens: Tensor
+) -> tuple[list[_Layer], Counter[str]]:
+    seen = {path: _Layer() for path in layers}
+    running: list[str] = []
+    calls: Counter[str] = Counter()
+
+    def enter(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen[path].given = layer_input(args, kwargs)
+            running.append(path)
+
+        return hook
+
+    def leave(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            seen[path].result = first if isinstance(first, Tensor) else None
+            running.remove(path)
+
+        return hook
+
+    def called(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            if not running or not isinstance(output, Tensor):
+                return
+            layer = seen[running[-1]]
+            for consumer, value in layer.outputs.items():
+                if args and args[0] is value:
+                    layer.followed[consumer] = (path, output)
+            if path in consumers:
+                calls[path] += 1
+                layer.outputs[path] = output
+
+        return hook
+
+    handles = []
+    try:
+        for path in layers:
+            layer = model.get_submodule(path)
+            handles.append(layer.register_forward_pre_hook(enter(path), with_kwargs=True))
+            handles.append(layer.register_forward_hook(leave(path)))
+            for inner, module in layer.named_modules(prefix=path):
+                if inner != path:
+                    handles.append(module.register_forward_hook(called(inner)))
+        with torch.no_grad():
+            forward_logits(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(seen.values()), calls
+
+
+def _entries_of(layer: _Layer, model: nn.Module) -> dict[str, Entry]:
+    if layer.given is None or layer.result is None or not layer.outputs:
+        return {}
+    size = layer.given.numel()
+    if any(value.numel() != size for value in (layer.result, *layer.outputs.values())):
+        return {}
+    change = (layer.result.double() - layer.given.double()).flatten()
+    plain = {path: Entry(constant) for path, constant in _constants(change, layer.outputs).items()}
+    if plain or not layer.followed:
+        return plain
+    branches = {path: layer.followed.get(path, (None, output)) for path, output in layer.outputs.items()}
+    if any(value.numel() != size for _, value in branches.values()):
+        return {}
+    constants = _constants(change, {path: branch for path, (_, branch) in branches.items()})
+    entries = {}
+    for path, constant in constants.items():
+        follower, branch = branches[path]
+        gains = None if follower is None else _gains(layer.outputs[path], branch)
+        bias = getattr(model.get_submodule(path), "bias", None)
+        if follower is not None and (gains is None or bias is not None):
+            return {}
+        entries[path] = Entry(constant, follower, gains)
+    return entries
+
+
+def _constants(change: Tensor, branches: dict[str, Tensor]) -> dict[str, float]:
+    """The constants of least squares; none where they do not explain the change."""
+    terms = torch.stack([branch.double().flatten() for branch in branches.values()], dim=1)  # (T·D, m)
+    found = torch.linalg.lstsq(terms, change[:, None]).solution[:, 0]
+    left = float((change - terms @ found).norm() / change.norm().clamp_min(1e-300))
+    if not left < EXPLAINED or float(found.abs().min()) < EXPLAINED:
+        return {}
+    return dict(zip(branches, found.tolist(), strict=True))
+
+
+def _gains(output: Tensor, branch: Tensor) -> Tensor | None:
+    """The gains of a module that scales rows and columns, by alternating least squares; None of one that does more."""
+    output, branch = output.double().flatten(0, -2), branch.double().flatten(0, -2)
+    gains = torch.ones(output.shape[-1], dtype=torch.float64)
+    scales = output.new_ones(len(output), 1)
+    for _ in range(SCALE_ROUNDS):
+        scales = row_scales(output, branch, gains)
+        scaled = output * scales
+        gains = (scaled * branch).sum(0) / scaled.square().sum(0).clamp_min(1e-30)
+    left = (branch - output * scales * gains).norm() / branch.norm().clamp_min(1e-30)
+    return gains if float(left) < EXPLAINED else None

@@ -74,6 +74,7 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
         "forward_seconds": forward,
         "compress_seconds": compression,
         "compress_over_forward": compression / forward,
+        "without_recalibration_over_forward": (compression - outcome.seconds.get("recalibrate", 0.0)) / forward,
         "seconds_by_stage": dict(outcome.seconds),
         "peak_bytes": {"model loaded": loaded_bytes, "after the forward pass": forward_bytes, "in all": peak_bytes()},
         "threads": torch.get_num_threads(),
@@ -104,7 +105,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{found['windows']} windows of {found['window']:,} tokens of {found['text']}",
         f"forward pass  {found['forward_seconds']:.1f} s",
         f"compress      {found['compress_seconds']:.1f} s   ({stages})",
-        f"ratio         {found['compress_over_forward']:.2f} forward passes",
+        f"ratio         {found['compress_over_forward']:.2f} forward passes, "
+        f"{found['without_recalibration_over_forward']:.2f} without recalibration",
         f"peak memory   {peaks}",
     ]
     for name in ("prefill", "decode"):

@@ -12,7 +12,7 @@ from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.text import evaluation_windows, held_out_windows
 from modegpt_graph.compression import Report, Result, check_request, prepare
 from modegpt_graph.errors import InputError
-from modegpt_graph.evaluate import perplexity
+from modegpt_graph.evaluate import ThroughputComparison, compare_throughput, perplexity, random_prompt
 from modegpt_graph.evaluate.proof import Proof, prove
 from modegpt_graph.evaluate.task_files import read_task
 from modegpt_graph.evaluate.tasks import Accuracy, accuracies
@@ -25,7 +25,7 @@ from modegpt_graph.methods.matrices import matrix_sizes
 from modegpt_graph.methods.modular import needs_value_inputs
 from modegpt_graph.methods.names import METHODS
 from modegpt_graph.methods.race import race
-from modegpt_graph.models import ModelSource, resolve
+from modegpt_graph.models import ModelSource, can_generate, resolve
 from modegpt_graph.progress import Clock, NullProgress, Progress
 from modegpt_graph.report.compare import Comparison
 
@@ -190,6 +190,37 @@ def evaluate(
         with progress.stage("evaluate"):
             measured = Evaluation(perplexity(model, tokens), tokens.shape[0], tokens.shape[1], _name_of(text))
     return replace(measured, tasks=accuracies(model, tokenizer, asked, progress)) if asked else measured
+
+
+def bench(
+    directory: str | Path,
+    against: Model,
+    *,
+    prompt: int = 512,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> ThroughputComparison:
+    """Tokens per second of a compressed folder and of the model it was made from, measured in turns.
+
+    prompt: tokens that are read in one pass.   new_tokens: written after it, one at a time, with the cache.
+    Raises InputError for a folder that holds no compressed model, and for models without `generate`.
+    """
+    if not checkpoint.is_compressed(Path(directory)):
+        raise InputError(f"{directory} holds no compressed model; name a folder that `compress` wrote")
+    progress = progress or NullProgress()
+    with progress.stage("load the models"):
+        dense = _original(against, None, trust_remote_code).load()
+        smaller = load(directory, trust_remote_code=trust_remote_code)
+    if not can_generate(dense):
+        raise InputError("speed is measured on models with `generate` and a key/value cache; this one has none")
+    vocabulary = next(part.num_embeddings for part in dense.modules() if isinstance(part, nn.Embedding))
+    with progress.stage("measure", rounds) as stage:
+        return compare_throughput(
+            dense, smaller, random_prompt(vocabulary, length=prompt, seed=seed), new_tokens, rounds, stage.advance
+        )
 
 
 def compare_methods(

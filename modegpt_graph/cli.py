@@ -9,6 +9,7 @@ import typer
 
 from modegpt_graph.commands import runtime
 from modegpt_graph.commands.analyze import analyze
+from modegpt_graph.commands.bench import bench
 from modegpt_graph.commands.compare import compare
 from modegpt_graph.commands.compress import compress
 from modegpt_graph.commands.evaluate import evaluate
@@ -33,6 +34,7 @@ for name, command in (
     ("verify", verify),
     ("eval", evaluate),
     ("compare", compare),
+    ("bench", bench),
     ("explain", explain),
 ):
     app.command(name, epilog=EXIT_CODES)(command)

@@ -70,9 +70,17 @@ def tokens_per_second(model: nn.Module, prompt: Tensor, new_tokens: int) -> Thro
 
 
 def compare_throughput(
-    dense: nn.Module, compressed: nn.Module, prompt: Tensor, new_tokens: int, rounds: int = 5
+    dense: nn.Module,
+    compressed: nn.Module,
+    prompt: Tensor,
+    new_tokens: int,
+    rounds: int = 5,
+    advance: Callable[[], object] = lambda: None,
 ) -> ThroughputComparison:
-    """Measure both models in turns for `rounds` rounds, after one round that warms up and does not count."""
+    """Measure both models in turns for `rounds` rounds, after one round that warms up and does not count.
+
+    advance: called after every round.
+    """
     models = (dense, compressed)
     for model in models:
         tokens_per_second(model, prompt, 1)
@@ -81,6 +89,7 @@ def compare_throughput(
         # Who goes first alternates: the second of a pair finds warmer caches and a hotter processor.
         for which in (0, 1) if turn % 2 == 0 else (1, 0):
             measured[which].append(tokens_per_second(models[which], prompt, new_tokens))
+        advance()
     dense_runs, compressed_runs = measured
     pairs = list(zip(dense_runs, compressed_runs, strict=True))
     return ThroughputComparison(

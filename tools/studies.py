@@ -115,6 +115,15 @@ class Lab:
         return perplexity(model, self.texts[text][1])
 
 
+def at_ranks(prepared: Prepared, ranks: dict[str, int]) -> nn.Module:
+    """The smaller model at ranks that no allocator chose, made as the preset makes any."""
+    solutions = prepared.decomposed.solutions(ranks)
+    smaller, _ = prepared.decomposed.model(solutions)
+    if prepared.recalibrates:
+        prepared.decomposed.recalibrated(smaller, solutions)
+    return smaller
+
+
 def ratio(lab: Lab) -> Iterator[Cell]:
     for preset in PRESETS:
         for share in RATIOS:
@@ -130,12 +139,12 @@ def modules(lab: Lab) -> Iterator[Cell]:
         for share in lab.arguments.ratios:
 
             def found(sites: set[str] = sites, share: float = share) -> float:
-                decomposed = lab.of("default").decomposed
+                prepared = lab.of("default")
                 ranks = {
                     item.id: item.nearest(item.full_rank * (1 - share)) if item.id in sites else item.full_rank
-                    for item in decomposed.items
+                    for item in prepared.decomposed.items
                 }
-                return lab.measure(decomposed.model(decomposed.solutions(ranks))[0])
+                return lab.measure(at_ranks(prepared, ranks))
 
             yield Cell(kind, f"{share:g}", found)
 
@@ -145,10 +154,11 @@ def temperature(lab: Lab) -> Iterator[Cell]:
         for share in lab.arguments.ratios:
 
             def found(value: float = value, share: float = share) -> float:
-                one = lab.of("paper").decomposed
+                prepared = lab.of("paper")
+                one = prepared.decomposed
                 ratios = entropic_ratios(one.observed.importance, share, value).tolist()
                 ranks = ranks_for_ratios(one.items, dict(enumerate(ratios)), one.total, share)
-                return lab.measure(one.model(one.solutions(ranks))[0])
+                return lab.measure(at_ranks(prepared, ranks))
 
             yield Cell("∞ (uniform)" if math.isinf(value) else f"{value:g}", f"{share:g}", found)
 

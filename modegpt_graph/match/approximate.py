@@ -5,7 +5,7 @@ error is one factor for each token and head, so it can be computed exactly from 
 features. It is measured on calibration text, never proven.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from modegpt_graph.flow.layout import LayoutError
 from modegpt_graph.match.commutant import Finding, find_commutant
 from modegpt_graph.match.footprint import Footprint, Outline, locate
-from modegpt_graph.trace.operations import Effect, arguments, effect, operation
+from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
 
 _PASSES = (Effect.SAME, Effect.MOVE)
+_HOMOGENEOUS = (*_PASSES, Effect.LINEAR_UNARY, Effect.CACHE, Effect.COMPLEX, Effect.REAL)
 _SINGLE = (Effect.UNARY, Effect.LINEAR_UNARY, Effect.SUM, Effect.PRODUCT)
 
 
@@ -25,12 +26,15 @@ class Norm:
 
     summed: the node whose elements are summed, one a feature.   reduction: the sum.   steps: operations from the sum to
     the number, each with one operand that varies.   divides: whether the features are divided by the number.
+    degree: 2 where features are squared before they are summed, 1 where the reduction itself squares them; None where
+    features with a factor of their own would not simply come out with it.
     """
 
     summed: fx.Node
     reduction: fx.Node
     steps: tuple[fx.Node, ...]
     divides: bool
+    degree: int | None
 
     def factor(self, elements: Tensor) -> Tensor:
         """The number that features are multiplied by. elements: (…, k) of what is summed; returns (…, 1)."""
@@ -45,6 +49,10 @@ class Norm:
                 value = step(*(value if arg is previous else arg for arg in node.args), **node.kwargs)
             previous = node
         return value.reciprocal() if self.divides else value
+
+    def level(self, kept: int, size: int) -> float:
+        """What features are multiplied by so that a reduction over `kept` of them is as if over `size`."""
+        return (kept / size) ** 0.5 if operation(self.reduction) == "mean" else 1.0
 
 
 def approximated(sketch: Outline) -> tuple[Footprint, Finding]:
@@ -103,7 +111,36 @@ def _norm(node: fx.Node, footprint: Footprint) -> Norm:
     divides = operation(meeting[0]).startswith("div")
     if divides and arguments(meeting[0])[1] is not current:
         raise LayoutError(f"`{operation(node)}` over the features is divided by them")
-    return Norm(arguments(node)[0], node, tuple(steps), divides)
+    return Norm(arguments(node)[0], node, tuple(steps), divides, _degree(node, footprint))
+
+
+def _degree(node: fx.Node, footprint: Footprint) -> int | None:
+    """How squares get into a sum; None where it has none, or where something on the way is not homogeneous."""
+    summed = arguments(node)[0]
+    labels = footprint.flow.labels
+    apart = {footprint.outline.end, *(arguments(reduction)[0] for reduction in footprint.flow.approximated)}
+    if not all(
+        _homogeneous(other, labels) for other in footprint.outline.region if other in labels and other not in apart
+    ):
+        return None
+    if operation(node) == "linalg_vector_norm":
+        order = arguments(node)[1] if len(arguments(node)) > 1 else 2
+        return 1 if order == 2 and summed in labels else None
+    name, operands = operation(summed).removesuffix("_"), arguments(summed)
+    squares = name == "square" or (name == "pow" and operands[1] == 2) or (name == "mul" and operands[0] is operands[1])
+    return 2 if squares and operation(node) in ("mean", "sum") else None
+
+
+def _homogeneous(node: fx.Node, labels: Mapping[fx.Node, object]) -> bool:
+    """Whether features that are multiplied by a number before a node are multiplied by it after the node too."""
+    featured = [operand for operand in data_operands(node) if operand in labels]
+    kind = effect(node)
+    if kind is Effect.SUM:
+        return len(featured) == sum(not isinstance(operand, (int, float)) for operand in arguments(node)[:2]) == 2
+    if kind is Effect.PRODUCT:
+        name = operation(node).removesuffix("_")
+        return len(featured) == 1 and (name == "mul" or (name == "div" and arguments(node)[0] is featured[0]))
+    return kind in _HOMOGENEOUS
 
 
 def _others(node: fx.Node, current: fx.Node) -> Sequence[fx.Node]:

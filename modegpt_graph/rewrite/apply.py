@@ -91,7 +91,7 @@ def _rewrite_module(
     edits = shrink(one.region, one.flow, selection)
     for p in placed:
         if p.site.is_approximated:
-            edits.factors |= _query_factor(p, edits, solutions[p.site.id].query_factor)
+            edits.factors |= _query_factor(one, p, edits, solutions[p.site.id])
     matrices = _matrices(module, one, placed, solutions, selection, edits)
     converts = not edits.empty
     resized = dict(_replace(module, copies, converts) for copies in matrices.values())
@@ -105,17 +105,19 @@ def _rewrite_module(
     return RewrittenModule(one.path, name, forward, resized)
 
 
-def _query_factor(placed: Placed, edits: Edits, factor: Tensor | None) -> dict[fx.Node, Tensor]:
-    """The node of the queries → what each of its heads is multiplied by; ones where that comes from a file later."""
+def _query_factor(one: SiteModule, placed: Placed, edits: Edits, solution: Solution) -> dict[fx.Node, Tensor]:
+    """The node of the queries → (1, H, 1, k) what their features are multiplied by; ones where a file tells later."""
     query = placed.footprint.outline.operands[0]
-    role = next(iter(placed.footprint.outline.producers))
-    labels, members = placed.footprint.flow.labels[query], placed.footprint.members[role]  # members: (G, g, d)
+    labels = edits.labels[query]  # of the kept features
     assert isinstance(labels, Tensor)
-    first = labels.narrow(-2, 0, 1).narrow(-1, 0, 1)  # (B, H, 1, 1)
-    owner = torch.zeros(int(members.max()) + 1, dtype=torch.long)
-    owner[members.flatten()] = torch.arange(members[..., 0].numel()).repeat_interleave(members.shape[2])
-    values = torch.ones(members.shape[:2]) if factor is None else factor.float()
-    return {query: values.flatten()[owner[first[:1]]]}
+    first = labels.narrow(0, 0, 1).narrow(-2, 0, 1)
+    if solution.query_factor is None:
+        return {query: torch.ones(first.shape)}
+    members = labels_of(one, placed)[next(iter(placed.footprint.outline.producers))]  # (G, g, d)
+    sources = taken(placed.footprint.layout, solution.kept)[:, None].expand(-1, members.shape[1], -1)  # (G, g, k)
+    factors = torch.ones(int(first.max()) + 1)
+    factors[members.gather(2, sources).flatten()] = solution.query_factor.flatten().float()
+    return {query: factors[first]}
 
 
 def _number(names: Mapping[tuple[type, str], str], module: nn.Module) -> str:

@@ -26,7 +26,8 @@ class Solution:
     refits: refitted role → (weight (G, g, k, D), bias (D,) or None): its rows for the new features; without one, the
     rows of the kept features.
     relative_error: squared error of the pair's output on the calibration set, relative to the output.
-    query_factor: (G, g) what the queries of each head are multiplied by, where a norm on them is approximated.
+    query_factor: (G, g, k) what the kept features of each head's queries are multiplied by, in the order of their
+    slots, where a norm on them is approximated.
     exact_norm_error: the relative error if those norms knew what was dropped.
     Where experts are solved together, each is a group, a bias is (G, D), and `experts` tells how each of them fared.
     """
@@ -67,6 +68,16 @@ def taken(layout: Layout, kept: Sequence[Tensor]) -> Tensor:
         sources.append(kind.positions[groups, chosen].flatten(1))
     order = torch.cat(places, dim=1).argsort(dim=1)
     return torch.cat(sources, dim=1).gather(1, order)
+
+
+def blocks_of(layout: Layout, counts: Sequence[int]) -> Tensor:
+    """(G, k) which block the feature in each of `slots` belongs to; the blocks of all kinds are numbered through."""
+    places, numbers, first = [], [], 0
+    for kind, count in zip(layout.kinds, counts, strict=True):
+        places.append(kind.positions[:, :count].flatten(1))
+        numbers.append(torch.arange(first, first + count).repeat_interleave(kind.block_size).expand(layout.groups, -1))
+        first += count
+    return torch.cat(numbers, dim=1).gather(1, torch.cat(places, dim=1).argsort(dim=1))
 
 
 def rank_of(kept: Sequence[Tensor], layout: Layout) -> int:

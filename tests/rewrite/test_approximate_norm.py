@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modegpt_graph as mg
+from modegpt_graph.match.approximate import norms_of
 from modegpt_graph.models import forward_logits
+from modegpt_graph.rewrite.approximate_norm import _Side
 
 NAMES = ("qwen3", "gemma3")
 TOKENS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(0))  # few: all of them are sampled
@@ -120,3 +122,17 @@ def test_the_report_says_whether_it_paid() -> None:
     result = mg.compress(model, 0.3, calibration=text, evaluate=False, approximate_norm=True)
     assert result.report.to_json()["compression"]["approximation"] == result.report.outcome.approximation
     assert mg.compress(model, 0.1, calibration=TOKENS, evaluate=False).report.outcome.approximation is None
+
+
+def test_what_is_kept_is_weighed_to_predict_what_the_norm_misses() -> None:
+    result = compressed(build("qwen3", "cpu"))
+    placed = next(p for one in result._surveyed.modules() for p in one.placed if p.site.is_approximated)
+    norm = next(iter(norms_of(placed.footprint).values()))
+    half = torch.randn(64, 1, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features = torch.cat([half, torch.linspace(0.1, 3.0, 8) * half], dim=-1)  # (T, G, g, d): half follow the others
+    side = _Side(features * norm.factor(features.square()), features.square(), norm)
+    kept = torch.arange(8)[None]
+    scales = side.scales(kept, kept)
+    exact = side.sample_of(kept)
+    weighed, equal = ((side.kept(kept, one) / exact).log().abs().max() for one in (scales, torch.ones_like(scales)))
+    assert weighed < 0.1 < equal  # in logarithms; the ridge towards equal weights keeps it from being exact

@@ -83,8 +83,15 @@ def _pass(model: nn.Module, tokens: Tensor) -> SteppedPass:
 
 def _target(dense: SteppedPass, smaller: SteppedPass, constant: float) -> Tensor:
     """What should enter the stream: what does in the dense model, and what the stream has lost before."""
-    lost, branch = dense.state["before"] - smaller.state["stream"], dense.state["branch"]
-    return branch + (lost / constant).reshape(branch.shape)
+    before, stream, branch = (
+        _exact(one) for one in (dense.state["before"], smaller.state["stream"], dense.state["branch"])
+    )
+    return branch + ((before - stream) / constant).reshape(branch.shape)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """Differences of a stream are small beside it: half precision would lose them."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class _Branch:
@@ -102,14 +109,13 @@ class _Branch:
         Where a module follows, rows are weighed by what it scales them with, and columns divided by its gains: to first
         order that is the change of what enters the stream.
         """
-        exact = torch.float64 if features.dtype == torch.float64 else torch.float32
         output = self.linear(features)
         branch = output if self._follower is None else self._follower(output)
-        missing = (target - branch).flatten(0, -2).to(exact)
-        features, output, branch = (value.flatten(0, -2).to(exact) for value in (features, output, branch))
+        features, output, branch, target = (_exact(one).flatten(0, -2) for one in (features, output, branch, target))
+        missing = target - branch
         if self._gains is None:
             return features, missing
-        gains = self._gains.to(exact)
+        gains = self._gains.to(features.dtype)
         used = gains.abs() > SMALLEST_GAIN * gains.abs().max()
         return features * row_scales(output, branch, gains), torch.where(used, missing / gains, 0.0)
 

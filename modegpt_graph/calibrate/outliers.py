@@ -1,6 +1,6 @@
 """How many weights of a layer stand out: OWL's score, by weight times input."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,9 @@ from modegpt_graph.match.decoder import decoder_matrices
 from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.trace.graph import normalise
 
-MULTIPLE = 5.0  # of the layer's mean, from which on a weight is an outlier: the paper's M for its main results
+MULTIPLE = 5.0  # of the layer's mean, from which on a weight is an outlier: M, of which the paper tries several
 WINDOWS = 8  # of the calibration text
 
 
@@ -24,17 +25,19 @@ def outlier_shares(model: nn.Module, surveyed: Surveyed, tokens: Tensor, progres
     Matrices that belong to no module of their own, such as those of experts in one tensor, are left out.
     tokens: (windows, window), of which the first WINDOWS are run.   Source: OWL (arXiv 2310.05175), section 3.2.
     """
-    layers = decoder_matrices(surveyed.trace)
+    graph, layers = normalise(surveyed.trace), decoder_matrices(surveyed.trace)
+    products = {name: graph.linear(keys[0]) for name in layers if (keys := graph.linears.get(name))}
+    turned = {name: one.transposed for name, one in products.items() if one is not None and one.experts is None}
     norms: dict[str, Tensor] = {}
     windows = tokens[:WINDOWS].split(max(1, TOKENS_PER_BATCH // tokens.shape[1]))
-    with _observed(model, layers, norms), (progress or NullProgress()).stage("count outliers", len(windows)) as stage:
+    with _observed(model, turned, norms), (progress or NullProgress()).stage("count outliers", len(windows)) as stage:
         for batch in windows:
             forward_logits(model, batch)
             stage.advance()
     shares = torch.zeros(max(layers.values()) + 1, dtype=torch.float64)
     for layer in range(len(shares)):
         values = [
-            _weighed(model.get_parameter(name), norms[name])
+            _weighed(model.get_parameter(name), norms[name], turned[name])
             for name, at in layers.items()
             if at == layer and name in norms
         ]
@@ -44,19 +47,19 @@ def outlier_shares(model: nn.Module, surveyed: Surveyed, tokens: Tensor, progres
     return shares
 
 
-def _weighed(weight: Tensor, squares: Tensor) -> Tensor:
-    """|W| with every input multiplied by its norm. weight: (out, in), or (in, out) where that alone fits."""
+def _weighed(weight: Tensor, squares: Tensor, turned: bool) -> Tensor:
+    """|W| with every input multiplied by its norm. weight: (out, in), or (in, out) where it is turned."""
     norms = squares.sqrt().float()
-    return weight.detach().float().abs() * (norms if weight.shape[1] == len(norms) else norms[:, None])
+    return weight.detach().float().abs() * (norms[:, None] if turned else norms)
 
 
 @contextmanager
-def _observed(model: nn.Module, names: Sequence[str] | Any, squares: dict[str, Tensor]) -> Iterator[None]:
+def _observed(model: nn.Module, names: Iterable[str], squares: dict[str, Tensor]) -> Iterator[None]:
     """Within this context, Σ x² of what every matrix with a module of its own reads is added to `squares`."""
 
     def hook(name: str) -> Any:
         def observe(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape[-1] in model.get_parameter(name).shape:
+            if inputs and isinstance(inputs[0], Tensor):
                 found = inputs[0].flatten(0, -2).float().square().sum(0, dtype=torch.float64)
                 squares[name] = squares[name] + found if name in squares else found
 
@@ -65,9 +68,7 @@ def _observed(model: nn.Module, names: Sequence[str] | Any, squares: dict[str, T
     handles = []
     for name in names:
         owner = model.get_submodule(name.rpartition(".")[0])
-        if {key for key, _ in owner.named_parameters()} <= {"weight", "bias"} and owner.get_parameter(
-            "weight"
-        ).ndim == 2:
+        if {key for key, _ in owner.named_parameters()} <= {"weight", "bias"}:
             handles.append(owner.register_forward_pre_hook(hook(name)))
     try:
         yield

@@ -74,24 +74,26 @@ def test_what_is_added_at_one_place_is_one_block() -> None:
     assert block_influence(model, blocks, ids) == pytest.approx(expected, rel=1e-3)
 
 
-def test_outliers_are_counted_over_all_matrices_of_a_layer() -> None:
-    model, ids = family("llama"), tokens()
+@pytest.mark.parametrize(
+    ("name", "layer", "kind", "matrices"), [("llama", "layers", "Linear", 7), ("gpt2", "h", "Conv1D", 4)]
+)
+def test_outliers_are_counted_over_all_matrices_of_a_layer(name: str, layer: str, kind: str, matrices: int) -> None:
+    model, ids = family(name), tokens()
     found = outlier_shares(model, surveyed(model), ids)
     for number in range(2):
         paths = [
-            name
-            for name, part in model.named_modules()
-            if f"layers.{number}." in name and part.__class__.__name__ == "Linear"
+            path
+            for path, part in model.named_modules()
+            if f"{layer}.{number}." in path and part.__class__.__name__ == kind
         ]
         read = heard(model, ids, paths, inputs=True)
+        stored = [model.get_submodule(path).weight.abs() for path in paths]
+        weights = [one.T if kind == "Conv1D" else one for one in stored]  # (out, in)
         scores = torch.cat(
-            [
-                (model.get_submodule(path).weight.abs() * x.flatten(0, 1).norm(dim=0)).flatten()
-                for path, x in zip(paths, read, strict=True)
-            ]
+            [(one * x.flatten(0, 1).norm(dim=0)).flatten() for one, x in zip(weights, read, strict=True)]
         )
         share = float((scores > MULTIPLE * scores.mean()).double().mean())
-        assert len(paths) == 7
+        assert len(paths) == matrices
         assert float(found[number]) == pytest.approx(share, abs=2 / len(scores))  # entries at the limit itself
 
 

@@ -11,3 +11,9 @@ class InputError(ModegptError):
     """Bad usage or bad input: the caller can mend it."""
 
     exit_code = 2
+
+
+class OverflowedActivations(ModegptError):
+    """What a model computes is not finite: another number format may mend it."""
+
+    exit_code = 2

@@ -13,8 +13,9 @@ from modegpt_graph.calibrate.norms import NormCollector
 from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
 from modegpt_graph.codegen.emit import emit
 from modegpt_graph.codegen.install import install
+from modegpt_graph.errors import OverflowedActivations
 from modegpt_graph.match.modules import Placed, SiteModule, projection_module
-from modegpt_graph.models import forward_logits
+from modegpt_graph.models import forward_logits, overflow_advice
 from modegpt_graph.progress import NullProgress, Progress
 
 TOKENS_PER_BATCH = 4096
@@ -66,7 +67,10 @@ def calibrate(
             with suppress(_Finished):
                 forward_logits(model, windows)
             stage.advance(len(windows))
-    statistics = {site: one.statistics(site) for site, one in collectors.items()}
+    try:
+        statistics = {site: one.statistics(site) for site, one in collectors.items()}
+    except OverflowedActivations as error:
+        raise OverflowedActivations(f"{error}; {overflow_advice(next(model.parameters()).dtype)}") from None
     importance = 1 - torch.stack(similarity) / tokens.numel()
     return Calibrated(statistics, importance, tokens.numel())
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.errors import ModegptError
-from modegpt_graph.models import can_generate, device_of, forward_logits
+from modegpt_graph.errors import OverflowedActivations
+from modegpt_graph.models import can_generate, device_of, forward_logits, overflow_advice
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def sample_windows(
 
     Each window starts with `start_token`, else the model's own beginning-of-text token, else a token drawn evenly. With
     `generate` the key/value cache is used; a plain module is called on the growing prefix. The global generator is left
-    alone. Raises ModegptError where the model's probabilities are not finite.
+    alone. Raises OverflowedActivations where the model's probabilities are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -28,8 +28,9 @@ def sample_windows(
             return _continued(model, first, window)
         except RuntimeError as error:
             if "probability tensor" in str(error):
-                raise ModegptError(
-                    "sampling from the model met non-finite probabilities; try --dtype float32"
+                dtype = next(model.parameters()).dtype
+                raise OverflowedActivations(
+                    f"sampling from the model met non-finite probabilities; {overflow_advice(dtype)}"
                 ) from error
             raise
 

@@ -6,19 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from modegpt_graph.errors import ModegptError
+from modegpt_graph.errors import ModegptError, OverflowedActivations
 from modegpt_graph.flow.labels import shape_of
 from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.operations import Effect, effect
 
 COLUMN_BLOCKS = 4
-
-
-class OverflowedActivations(ModegptError):
-    """Activations of a site were not finite."""
-
-    exit_code = 2
 
 
 class Gram:
@@ -225,5 +219,5 @@ def checked(sums: Tensor, site: str, rows: int) -> None:
     if bad:
         raise OverflowedActivations(
             f"{site}: the Gram matrix has {bad:,} non-finite entries after {rows:,} tokens; "
-            "the model overflows on this text; try --dtype float32"
+            "the model overflows on this text"
         )

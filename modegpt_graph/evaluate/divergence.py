@@ -29,7 +29,8 @@ def compare(dense: nn.Module, compressed: nn.Module, tokens: Tensor, batch_size:
     """KL(dense ‖ compressed) and both perplexities in one pass; the logits of one batch are in memory at a time.
 
     tokens: (windows, window) int64; the window−1 predictions of each window count, as for the perplexity.
-    Raises InputError where the vocabularies differ or a window is too long, ModegptError where logits are not finite.
+    Raises InputError where the vocabularies differ or a window is too long, OverflowedActivations where logits
+    are not finite.
     """
     check_length(dense, tokens)
     check_length(compressed, tokens)

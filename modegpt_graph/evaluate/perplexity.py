@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modegpt_graph.errors import InputError, ModegptError
-from modegpt_graph.models import forward_logits, positions_of
+from modegpt_graph.errors import InputError, OverflowedActivations
+from modegpt_graph.models import forward_logits, overflow_advice, positions_of
 
 # Positions whose log-probabilities are in memory at once, in float32 beside the model's own logits.
 CHUNK = 256
@@ -19,7 +19,8 @@ def perplexity(model: nn.Module, tokens: Tensor, batch_size: int = 1) -> float:
     """exp of the mean negative log-likelihood over the window−1 predictions of each window.
 
     tokens: (windows, window) int64; windows do not see each other.
-    Raises InputError where a window is longer than the model's positions, ModegptError where logits are not finite.
+    Raises InputError where a window is longer than the model's positions, OverflowedActivations where logits are not
+    finite.
     """
     check_length(model, tokens)
     total = 0.0
@@ -47,11 +48,12 @@ def predictions(tokens: Tensor) -> int:
 
 
 def finite(logits: Tensor, name: str = "the model") -> Tensor:
-    """The same logits. Raises ModegptError where one of them is not finite."""
+    """The same logits. Raises OverflowedActivations where one of them is not finite."""
     bad = logits.numel() - int(torch.isfinite(logits).sum())
     if bad:
-        raise ModegptError(
-            f"{name} gave {bad:,} non-finite logits in {logits.dtype}; its activations overflow: try --dtype float32"
+        raise OverflowedActivations(
+            f"{name} gave {bad:,} non-finite logits in {logits.dtype}; its activations overflow: "
+            f"{overflow_advice(logits.dtype)}"
         )
     return logits
 

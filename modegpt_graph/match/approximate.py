@@ -154,5 +154,5 @@ def describe(finding: Finding, exact: Finding) -> str:
     kept = "whole blocks are kept" if finding.commutant == "blocks" else "some features are kept"
     return (
         f"approximated, not proven: under {coupled} every feature depends on the others; {kept}, the norm is "
-        "computed on them, and a factor for each head, fitted on calibration text, makes up for it"
+        "computed on them, and weights and a factor for each head, fitted on calibration text, make up for it"
     )

@@ -8,6 +8,7 @@ from modegpt_graph.models.forward import (
     forward_logits,
     is_cache,
     logits_of,
+    overflow_advice,
     positions_of,
 )
 from modegpt_graph.models.hub import HubUnreachable, hub_is_reachable
@@ -26,6 +27,7 @@ __all__ = [
     "hub_is_reachable",
     "is_cache",
     "logits_of",
+    "overflow_advice",
     "positions_of",
     "resolve",
 ]

@@ -32,6 +32,13 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def overflow_advice(dtype: torch.dtype) -> str:
+    """What to do where values of `dtype` are not finite."""
+    if dtype.itemsize < 4:
+        return "try --dtype float32"
+    return "float32 does not hold them either: the weights are damaged, or not those of this configuration"
+
+
 def can_generate(model: nn.Module) -> bool:
     """Whether the model has the transformers library's `generate`, and with it a key/value cache."""
     return callable(getattr(model, "generate", None)) and getattr(model, "config", None) is not None

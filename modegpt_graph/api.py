@@ -16,6 +16,7 @@ from modegpt_graph.evaluate import ThroughputComparison, compare_throughput, per
 from modegpt_graph.evaluate.proof import Proof, prove
 from modegpt_graph.evaluate.task_files import read_task
 from modegpt_graph.evaluate.tasks import Accuracy, accuracies
+from modegpt_graph.goals import bytes_of, within_perplexity, within_size
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.meeting import Meeting, meet
 from modegpt_graph.match.pattern_file import load_pattern
@@ -28,6 +29,7 @@ from modegpt_graph.methods.race import race
 from modegpt_graph.models import ModelSource, can_generate, resolve
 from modegpt_graph.progress import Clock, NullProgress, Progress
 from modegpt_graph.report.compare import Comparison
+from modegpt_graph.rewrite.costs import CONTEXT
 
 Model = str | Path | nn.Module
 
@@ -81,8 +83,11 @@ def check_pattern(
 
 def compress(
     model: Model,
-    ratio: float,
+    ratio: float | None = None,
     *,
+    max_perplexity_increase: float | None = None,
+    target_size: int | str | None = None,
+    budget: str = "parameters",
     calibration: str | Path | Tensor = "wikitext2",
     preset: str = "default",
     recalibrate: bool | None = None,
@@ -95,36 +100,53 @@ def compress(
     evaluate: bool = True,
     dtype: str = "float32",
     approximate_norm: bool = False,
+    context: int = CONTEXT,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Remove `ratio` of the decoder-layer linear parameters. The model given is left as it was.
+    """Make a model smaller. The model given is left as it was. Exactly one of three says by how much:
 
+    ratio: the share of what `budget` counts that goes.   max_perplexity_increase: the largest ratio is found at which
+    perplexity on held-out windows is at most so much higher, 0.1 for 10 %.   target_size: bytes of the saved weights
+    (1_000_000, "100MB", powers of 1000) that are not exceeded.
+    budget: `parameters` (of the decoder layers' matrices), `bytes` (of the stored weights), `multiply-adds` (of a token
+    that attends to `context` tokens) or `kv-cache` (bytes of a token).
+    calibration: a text file, a data set's name, `self`, or token ids (windows, window).
     approximate_norm: whether queries and keys under a norm of each head are made smaller too, by an approximation; the
     report says what it cost and whether it paid.
-
-    calibration: a text file, a data set's name, `self`, or token ids (windows, window).
     preset: `default`, or `paper` for MoDeGPT's algorithms to the letter.   allocator: the preset's own where None.
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
-    which costs two to three more passes over the calibration text; as the preset has it where None.
-    Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, unknown models, missing text.
+    which costs two to three more passes over the calibration text, for each ratio that a search tries; as the preset
+    has it where None.
+    Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, a goal that cannot be met, unknown
+    models, missing text.
     """
-    check_request(ratio, allocator, preset)
+    if [ratio, max_perplexity_increase, target_size].count(None) != 2:
+        raise InputError("give exactly one of ratio, max_perplexity_increase and target_size")
+    check_request(ratio, allocator, preset, budget)
+    size = None if target_size is None else bytes_of(target_size)
     prepared = prepare(
         _original(model, example_inputs, trust_remote_code),
         calibration=calibration,
         windows=calibration_windows,
         window=calibration_window,
-        evaluating=evaluate,
+        evaluating=evaluate or max_perplexity_increase is not None,
+        of_tokens=max_perplexity_increase is not None,
         seed=seed,
         patterns=patterns,
         dtype=dtype,
         approximate_norm=approximate_norm,
         preset=preset,
         recalibrate=recalibrate,
+        context=context,
         progress=progress,
     )
-    return prepared.at(ratio, allocator)
+    if max_perplexity_increase is not None:
+        return within_perplexity(prepared, max_perplexity_increase, allocator, budget)
+    if size is not None:
+        return within_size(prepared, size, allocator, budget)
+    assert ratio is not None
+    return prepared.at(ratio, allocator, budget)
 
 
 def load(directory: str | Path, factory: Any = None, *, trust_remote_code: bool = False) -> nn.Module:

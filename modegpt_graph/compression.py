@@ -19,10 +19,11 @@ from modegpt_graph.match.sites import Analysis, Site, Unmatched
 from modegpt_graph.models import ModelSource
 from modegpt_graph.progress import Clock, NullProgress, Progress
 from modegpt_graph.report.approximation import approximation_said
-from modegpt_graph.report.measure import measure
-from modegpt_graph.report.outcome import CompressionOutcome
+from modegpt_graph.report.measure import Built, measure
+from modegpt_graph.report.outcome import CompressionOutcome, Search
 from modegpt_graph.report.schema import to_json
 from modegpt_graph.rewrite.apply import RewrittenModule
+from modegpt_graph.rewrite.costs import BUDGETS, CONTEXT, count_costs
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
 from modegpt_graph.rewrite.presets import PRESETS, preset_named
 from modegpt_graph.rewrite.ranks import ALLOCATORS
@@ -106,37 +107,65 @@ class Prepared:
     clock: Clock
     progress: Progress
 
-    def at(self, ratio: float, allocator: str | None = None) -> Result:
-        """The model without `ratio` of its decoder-layer linear parameters. allocator: the preset's own where None.
+    def at(self, ratio: float, allocator: str | None = None, budget: str = "parameters") -> Result:
+        """The model without `ratio` of what `budget` counts. allocator: the preset's own where None.
 
-        Raises InputError for a ratio that the sites cannot give and for an unknown allocator.
+        Raises InputError for a ratio that the sites cannot give, and for an unknown allocator or budget.
         """
-        check_request(ratio, allocator, self.preset)
-        allocator = allocator or PRESETS[self.preset].allocator
-        decomposed, dense = self.decomposed, self.decomposed.dense
+        check_request(ratio, allocator, self.preset, budget)
+        allocator = self.allocator(allocator)
+        return self.result(self.decomposed.ranks(ratio, allocator, budget=budget), ratio, allocator, budget)
+
+    def allocator(self, name: str | None) -> str:
+        """The name given, or the preset's own; what the allocator measures once for all ratios is measured."""
+        name = name or PRESETS[self.preset].allocator
         with self.clock("allocate"):
-            if allocator == "curves":
-                _ = decomposed.weights
-        clock, progress = Clock(self.clock.seconds), self.progress
+            if name == "curves":
+                _ = self.decomposed.weights
+        return name
+
+    def build(self, ranks: Mapping[str, int], clock: Clock) -> Built:
+        """The model at these ranks."""
+        decomposed, progress = self.decomposed, self.progress
         with clock("solve"), progress.stage("solve"):
-            solutions = decomposed.solutions(decomposed.ranks(ratio, allocator))
+            first = decomposed.solutions(ranks)
         with clock("rewrite"), progress.stage("rewrite"):
-            smaller, rewritten = decomposed.model(solutions)
+            smaller, rewritten = decomposed.model(first)
+        solutions: Mapping[str, Solution] = first
         if self.recalibrates:
             with clock("recalibrate"):
-                solutions = decomposed.recalibrated(smaller, solutions)
-        outcome = measure(
-            dense,
-            smaller,
-            decomposed.modules,
-            solutions,
-            decomposed.total,
-            ratio=ratio,
-            preset=self.preset,
-            allocator=allocator,
-            seed=self.seed,
-            text=self.text,
-        )
+                solutions = decomposed.recalibrated(smaller, first)
+        return Built(smaller, rewritten, first, solutions)
+
+    def result(
+        self,
+        ranks: Mapping[str, int],
+        ratio: float,
+        allocator: str,
+        budget: str,
+        search: Search | None = None,
+        built: Built | None = None,
+    ) -> Result:
+        """The model at these ranks, measured.
+
+        ratio: what they come to of what `budget` counts, as asked or found.   built: the model, where there is one.
+        """
+        decomposed, dense = self.decomposed, self.decomposed.dense
+        clock, progress = Clock(self.clock.seconds), self.progress
+        built = built or self.build(ranks, clock)
+        smaller, solutions = built.model, built.solutions
+        with clock("measure"):
+            outcome = measure(
+                decomposed,
+                built,
+                ranks,
+                ratio=ratio,
+                budget=budget,
+                preset=self.preset,
+                allocator=allocator,
+                seed=self.seed,
+                text=self.text,
+            )
         if self.held_out is not None:
             with clock("evaluate"), progress.stage("evaluate"):
                 found = compare(dense, smaller, self.held_out)
@@ -150,12 +179,14 @@ class Prepared:
             )
         if self.surveyed.approximate_norm:
             with clock("compare"), progress.stage("compare with exact norms"):
-                said = self._approximation(ratio, allocator, solutions, outcome.kl)
+                said = self._approximation(ratio, allocator, budget, solutions, outcome.kl)
             outcome = replace(outcome, approximation=said)
-        report = Report(self.surveyed.survey.analysis, replace(outcome, seconds=clock.seconds))
-        return Result(smaller, report, self.source, rewritten, solutions, self.surveyed, self.tokenizer)
+        report = Report(self.surveyed.survey.analysis, replace(outcome, seconds=clock.seconds, search=search))
+        return Result(smaller, report, self.source, built.rewritten, solutions, self.surveyed, self.tokenizer)
 
-    def _approximation(self, ratio: float, allocator: str, solutions: Mapping[str, Solution], kl: float | None) -> str:
+    def _approximation(
+        self, ratio: float, allocator: str, budget: str, solutions: Mapping[str, Solution], kl: float | None
+    ) -> str:
         """What approximated norms cost, against the same ratio from the other sites alone."""
         decomposed = self.decomposed
         nearly = {p.site.id for one in decomposed.modules for p in one.placed if p.site.is_approximated}
@@ -163,7 +194,7 @@ class Prepared:
         without, reachable = None, True
         if done:
             try:
-                others = decomposed.solutions(decomposed.ranks(ratio, allocator, without=nearly))
+                others = decomposed.solutions(decomposed.ranks(ratio, allocator, budget=budget, without=nearly))
             except InputError:
                 reachable = False
             else:
@@ -172,11 +203,13 @@ class Prepared:
         return approximation_said(done, kl, without, reachable)
 
 
-def check_request(ratio: float, allocator: str | None, preset: str) -> None:
-    """Raise InputError for what no model could be given."""
+def check_request(ratio: float | None, allocator: str | None, preset: str, budget: str = "parameters") -> None:
+    """Raise InputError for what no model could be given. ratio: None where it is to be found."""
     preset_named(preset)
-    if not 0 < ratio <= 0.95:
-        raise InputError(f"ratio {ratio:g} is outside (0, 0.95]; 0.3 removes 30 % of the decoder's linear parameters")
+    if budget not in BUDGETS:
+        raise InputError(f"unknown budget {budget!r}; known: {', '.join(BUDGETS)}")
+    if ratio is not None and not 0 < ratio <= 0.95:
+        raise InputError(f"ratio {ratio:g} is outside (0, 0.95]; 0.3 removes 30 % of {BUDGETS[budget]}")
     if allocator is not None and allocator not in ALLOCATORS:
         raise InputError(f"unknown allocator {allocator!r}; known: {', '.join(ALLOCATORS)}")
 
@@ -188,17 +221,20 @@ def prepare(
     windows: int = 32,
     window: int = 1024,
     evaluating: bool = True,
+    of_tokens: bool = False,
     seed: int = 0,
     patterns: Iterable[str | Path] | None = None,
     dtype: str = "float32",
     approximate_norm: bool = False,
     preset: str = "default",
     recalibrate: bool | None = None,
+    context: int = CONTEXT,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, analyse, calibrate and decompose a model.
 
-    windows, window: of calibration text.   evaluating: whether windows of it are held out.
+    windows, window: of calibration text.   evaluating: whether windows of it are held out.   of_tokens: whether some
+    are held out of token ids too.   context: tokens that a token attends to where multiply-adds are counted.
     recalibrate: whether results are recalibrated; as the preset has it where None.   Raises as `compress`.
     """
     progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
@@ -206,7 +242,14 @@ def prepare(
         dense, tokenizer = source.load(getattr(torch, dtype)), source.tokenizer()
     with clock("tokens"), progress.stage("read the calibration text"):
         text, held_out = held_out_windows(
-            calibration, tokenizer, windows=windows, window=window, seed=seed, model=dense, evaluating=evaluating
+            calibration,
+            tokenizer,
+            windows=windows,
+            window=window,
+            seed=seed,
+            model=dense,
+            evaluating=evaluating,
+            of_tokens=of_tokens,
         )
     if text.fallback_reason:
         progress.note(f"calibrating on text that the model samples itself: {text.fallback_reason}")
@@ -219,8 +262,9 @@ def prepare(
         observed = calibrate(dense, modules, layers, text.tokens, progress, value_inputs=chosen.value_inputs)
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
+        costs = count_costs(dense, modules, surveyed.trace, total, context)
         decomposed = decompose(
-            dense, surveyed, modules, layers, observed, text.tokens, total, preset=chosen, progress=progress
+            dense, surveyed, modules, layers, observed, text.tokens, costs, preset=chosen, progress=progress
         )
     again = chosen.recalibrates if recalibrate is None else recalibrate
     return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, again, clock, progress)

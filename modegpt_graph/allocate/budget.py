@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from modegpt_graph.errors import InputError
 
 TOLERANCE = 0.005
+PARAMETERS = "the decoder layers' matrices"  # what a ratio is of, where nothing else is said
 
 
 @dataclass(frozen=True)
 class Item:
     """Something that has a rank: a site, or the part of one that is given its own.
 
-    full_rank: what it has today.   parameters_per_rank: what each rank less saves (or bytes, or any other cost).
+    full_rank: what it has today.   cost_per_rank: what each rank less saves: parameters, or what else a budget is of;
+    0 where it saves nothing, and then it stays whole.
     minimum: the least rank it may be left with.   multiple: ranks below full are multiples of this (blocks, hardware
     tiles).
     """
@@ -21,7 +23,7 @@ class Item:
     id: str
     layer: int | None
     full_rank: int
-    parameters_per_rank: int
+    cost_per_rank: int
     minimum: int = 1
     multiple: int = 1
 
@@ -52,39 +54,48 @@ class Item:
         return higher if higher is not None and abs(higher - rank) < abs(lower - rank) else lower
 
     def removed(self, rank: int) -> int:
-        """Parameters that go when `rank` is what is left."""
-        return (self.full_rank - rank) * self.parameters_per_rank
+        """What goes, of what the budget is of, when `rank` is what is left."""
+        return (self.full_rank - rank) * self.cost_per_rank
 
 
 Penalty = Callable[[Item, int, int], float]
 
 
-def removed_parameters(items: Sequence[Item], ranks: Mapping[str, int]) -> int:
-    """Parameters that go with these ranks."""
+def removed_cost(items: Sequence[Item], ranks: Mapping[str, int]) -> int:
+    """What goes with these ranks."""
     return sum(item.removed(ranks[item.id]) for item in items)
 
 
 def ranks_for_ratios(
-    items: Sequence[Item], layer_ratios: Mapping[int | None, float], total_parameters: int, ratio: float
+    items: Sequence[Item],
+    layer_ratios: Mapping[int | None, float],
+    total: int,
+    ratio: float,
+    of: str = PARAMETERS,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
-    """Ranks such that `ratio` of `total_parameters` goes, shared between layers as `layer_ratios` says.
+    """Ranks such that `ratio` of `total` goes, shared between layers as `layer_ratios` says.
 
+    of: what `total` counts, in words.   tolerance: how far from the ratio what goes may be.
     layer_ratios: ratio of every layer that has an item; all are scaled by one factor, because some parameters of a
     layer may be in no item and some items may reach their minimum. Rounding is then repaired by single steps, the ones
     that bring an item nearest to its own ratio first.
     Raises InputError, naming the largest (or nearest) reachable ratio, where the budget cannot be met within 0.5
     percentage points.
     """
-    target = removal_target(items, total_parameters, ratio)
+    target = removal_target(items, total, ratio, of)
     missing = sorted({str(item.layer) for item in items if item.layer not in layer_ratios})
     if missing:
         raise ValueError(f"no ratio for layer {', '.join(missing)}")
 
     def ideal(item: Item, factor: float) -> float:
+        if not item.cost_per_rank:
+            return float(item.full_rank)
         return max(item.full_rank * (1 - factor * layer_ratios[item.layer]), float(item.lowest()))
 
     def removed(factor: float) -> float:
-        return sum((item.full_rank - ideal(item, factor)) * item.parameters_per_rank for item in items)
+        return sum((item.full_rank - ideal(item, factor)) * item.cost_per_rank for item in items)
 
     low, high = 0.0, 1.0
     while removed(high) < target and high < 1e9:
@@ -99,27 +110,32 @@ def ranks_for_ratios(
         """How much farther from its ideal, as a share of its full rank, the item gets."""
         return (abs(new - ideals[item.id]) - abs(rank - ideals[item.id])) / item.full_rank
 
-    return meet(items, ranks, target, total_parameters, penalty)
+    return meet(items, ranks, target, total, penalty, tolerance)
 
 
 def meet(
-    items: Sequence[Item], ranks: Mapping[str, int], target: float, total_parameters: int, penalty: Penalty
+    items: Sequence[Item],
+    ranks: Mapping[str, int],
+    target: float,
+    total: int,
+    penalty: Penalty,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
     """Single steps, then exchanges of two steps, that bring what is removed nearer to `target`.
 
     penalty(item, rank, new_rank): what a step costs per se; of the steps that bring the budget nearer, the one with the
     least penalty per parameter goes first, until none brings it nearer.
-    Raises InputError where what is reached is more than 0.5 percentage points away.
+    Raises InputError where what is reached is more than `tolerance` of the total away.
     """
     ranks = dict(ranks)
-    gap = target - removed_parameters(items, ranks)  # positive: too little goes
+    gap = target - removed_cost(items, ranks)  # positive: too little goes
     lowering: bool | None = None
     queue: list[tuple[float, int, int, int]] = []  # (penalty per parameter, item, new rank, parameters moved)
 
     def push(index: int) -> None:
         item, rank = items[index], ranks[items[index].id]
         new = item.below(rank) if lowering else item.above(rank)
-        if new is not None and item.parameters_per_rank:
+        if new is not None and item.cost_per_rank:
             moved = item.removed(new) - item.removed(rank)
             heapq.heappush(queue, (penalty(item, rank, new) / abs(moved), index, new, moved))
 
@@ -136,13 +152,12 @@ def meet(
         ranks[items[index].id] = new
         gap -= moved
         push(index)
-    if abs(gap) > TOLERANCE / 2 * total_parameters:
+    if abs(gap) > TOLERANCE / 2 * total:
         gap = _exchange(items, ranks, gap)
-    if abs(gap) > TOLERANCE * total_parameters:
-        reached = removed_parameters(items, ranks) / total_parameters
+    if abs(gap) > tolerance * total:
+        reached = removed_cost(items, ranks) / total
         raise InputError(
-            f"ratio {target / total_parameters:.3f} falls between two steps of rank; "
-            f"the nearest that can be met is {reached:.4f}"
+            f"ratio {target / total:.3f} falls between two steps of rank; the nearest that can be met is {reached:.4f}"
         )
     return ranks
 
@@ -153,7 +168,7 @@ def _exchange(items: Sequence[Item], ranks: dict[str, int], gap: float) -> float
         steps: dict[int, tuple[Item, int]] = {}  # one representative per step size
         for item in items:
             for new in (item.below(ranks[item.id]), item.above(ranks[item.id])):
-                if new is not None and item.parameters_per_rank:
+                if new is not None and item.cost_per_rank:
                     steps.setdefault(item.removed(new) - item.removed(ranks[item.id]), (item, new))
         best = gap
         choice: list[tuple[Item, int]] = []
@@ -168,22 +183,22 @@ def _exchange(items: Sequence[Item], ranks: dict[str, int], gap: float) -> float
         gap = best
 
 
-def removal_target(items: Sequence[Item], total_parameters: int, ratio: float) -> float:
-    """Parameters to remove; InputError where the items cannot give them."""
+def removal_target(items: Sequence[Item], total: int, ratio: float, of: str = PARAMETERS) -> float:
+    """How much to remove; InputError where the items cannot give it. of: what `total` counts, in words."""
     if len({item.id for item in items}) != len(items):
         raise ValueError("two items have the same id")
-    if total_parameters < 1 or not 0 <= ratio < 1:
-        raise InputError(f"ratio {ratio:g} of {total_parameters} parameters: the ratio must be in 0..1")
+    if total < 1 or not 0 <= ratio < 1:
+        raise InputError(f"ratio {ratio:g} of {total:,}, which is {of}: the ratio must be in 0..1")
     reachable = sum(item.removed(item.lowest()) for item in items)
-    target = ratio * total_parameters
+    target = ratio * total
     if target > reachable:
         raise InputError(
-            f"ratio {ratio:g} cannot be reached: the sites found can give at most {reachable / total_parameters:.4f} "
-            f"of the decoder's linear parameters; ask for less"
+            f"ratio {ratio:g} cannot be reached: the sites found can give at most {reachable / total:.4f} "
+            f"of {of}; ask for less"
         )
     return target
 
 
-def reachable_ratio(items: Sequence[Item], total_parameters: int) -> float:
+def reachable_ratio(items: Sequence[Item], total: int) -> float:
     """The largest ratio that these items can give."""
-    return sum(item.removed(item.lowest()) for item in items) / total_parameters
+    return sum(item.removed(item.lowest()) for item in items) / total

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from modegpt_graph.allocate.budget import Item, meet, removal_target
+from modegpt_graph.allocate.budget import PARAMETERS, TOLERANCE, Item, meet, removal_target
 from modegpt_graph.errors import InputError
 
 
@@ -14,11 +14,15 @@ def allocate_by_curves(
     items: Sequence[Item],
     curves: Mapping[str, Tensor],
     weights: Mapping[str, float],
-    total_parameters: int,
+    total: int,
     ratio: float,
+    of: str = PARAMETERS,
+    *,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
-    """Ranks that minimise Σ weight · error(rank) while `ratio` of `total_parameters` goes.
+    """Ranks that minimise Σ weight · error(rank) while `ratio` of `total` goes.
 
+    of: what `total` counts, in words.   tolerance: how far from the ratio what goes may be.
     curves: error of every item at rank 0..full_rank, (full_rank + 1,).   weights: what a unit of that error costs the
     model. Every curve is replaced by its lower convex hull over the allowed ranks; taking hull segments in the order of
     their cost per parameter is the optimum of the Lagrangian for every budget at once. The last segment is walked rank
@@ -26,7 +30,7 @@ def allocate_by_curves(
     Raises InputError where the budget cannot be met within 0.5 percentage points or a curve is not finite.
     Source: Shoham and Gersho (1988), bit allocation by convex hulls.
     """
-    target = removal_target(items, total_parameters, ratio)
+    target = removal_target(items, total, ratio, of)
     costs = {item.id: _costs(item, curves[item.id], weights[item.id]) for item in items}
     ranks = {item.id: item.full_rank for item in items}
     hulls = {item.id: _hull(item, costs[item.id]) for item in items}
@@ -38,19 +42,19 @@ def allocate_by_curves(
         _, index, point = heapq.heappop(queue)
         item = items[index]
         start, end = hulls[item.id][point - 1], hulls[item.id][point]
-        saved = (start - end) * item.parameters_per_rank
+        saved = (start - end) * item.cost_per_rank
         if saved <= left:
             ranks[item.id] = end
             left -= saved
             _push(queue, hulls[item.id], costs[item.id], item, index, point + 1)
         else:
-            ranks[item.id] = item.nearest(max(start - left / item.parameters_per_rank, float(end)))
+            ranks[item.id] = item.nearest(max(start - left / item.cost_per_rank, float(end)))
             break
 
     def penalty(item: Item, rank: int, new: int) -> float:
         return costs[item.id][new] - costs[item.id][rank]
 
-    return meet(items, ranks, target, total_parameters, penalty)
+    return meet(items, ranks, target, total, penalty, tolerance)
 
 
 def weighted_error(
@@ -87,5 +91,5 @@ def _slope(costs: list[float], higher: int, lower: int) -> float:
 def _push(
     queue: list[tuple[float, int, int]], hull: list[int], costs: list[float], item: Item, index: int, point: int
 ) -> None:
-    if point < len(hull) and item.parameters_per_rank:
-        heapq.heappush(queue, (_slope(costs, hull[point - 1], hull[point]) / item.parameters_per_rank, index, point))
+    if point < len(hull) and item.cost_per_rank:
+        heapq.heappush(queue, (_slope(costs, hull[point - 1], hull[point]) / item.cost_per_rank, index, point))

@@ -84,14 +84,20 @@ def held_out_windows(
     seed: int,
     model: nn.Module | None,
     evaluating: bool = True,
+    of_tokens: bool = False,
 ) -> tuple[Calibration, Tensor | None]:
     """As `calibration_windows`, and further windows of the same text that are held out of it for an evaluation.
 
-    None in place of these where none is asked for or left; token ids are all used.
+    None in place of these where none is asked for or left.   of_tokens: whether some are held out of token ids too,
+    which are all used otherwise.
     """
-    extra = 0 if isinstance(source, Tensor) or not evaluating else max(1, min(HELD_OUT, windows // 4))
-    text = calibration_windows(source, tokenizer, windows=windows + extra, window=window, seed=seed, model=model)
-    count = min(extra, len(text.tokens) - 1)
+    extra = max(1, min(HELD_OUT, windows // 4))
+    if isinstance(source, Tensor):
+        extra = max(1, min(HELD_OUT, len(source) // 4)) if of_tokens else 0
+    text = calibration_windows(
+        source, tokenizer, windows=windows + extra * evaluating, window=window, seed=seed, model=model
+    )
+    count = min(extra, len(text.tokens) - 1) if evaluating else 0
     if count < 1:
         return text, None
     chosen = torch.zeros(len(text.tokens), dtype=torch.bool)

@@ -17,6 +17,16 @@ def ratio(value: float, option: str = "--ratio") -> None:
         raise InputError(f"{option} {value:g} is outside (0, {HIGHEST_RATIO}]{advice}")
 
 
+def one_goal(**options: object) -> None:
+    """Exactly one of these options was given."""
+    names = [f"--{name.replace('_', '-')}" for name in options]
+    given = [name for name, value in zip(names, options.values(), strict=True) if value is not None]
+    if not given:
+        raise InputError(f"by how much? give {', '.join(names[:-1])} or {names[-1]}")
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} exclude each other; give one of them")
+
+
 def at_least(option: str, value: int | None, least: int) -> None:
     """`value` is `least` or more, or was not given."""
     if value is not None and value < least:

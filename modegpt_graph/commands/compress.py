@@ -10,7 +10,7 @@ import typer
 from modegpt_graph.commands import checks, options
 from modegpt_graph.commands.runtime import messages, quieten, results, write_json
 
-CALIBRATION, METHOD = "Calibration", "Method"
+GOAL, CALIBRATION, METHOD = "How much", "Calibration", "Method"
 
 
 class Allocator(StrEnum):
@@ -30,6 +30,15 @@ class Preset(StrEnum):
     paper = "paper"
 
 
+class Budget(StrEnum):
+    """What a ratio is a share of."""
+
+    parameters = "parameters"
+    bytes = "bytes"
+    multiply_adds = "multiply-adds"
+    kv_cache = "kv-cache"
+
+
 class Dtype(StrEnum):
     """Number format the model is run and saved in; decompositions are float64 in any case."""
 
@@ -40,13 +49,56 @@ class Dtype(StrEnum):
 
 def compress(
     model: options.Model,
-    ratio: Annotated[
-        float,
-        typer.Option(
-            "--ratio", metavar="R", help="Share of the decoder-layer matrices' parameters to remove, up to 0.95."
-        ),
-    ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder for the smaller model.")],
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--ratio",
+            metavar="R",
+            rich_help_panel=GOAL,
+            help="Share to remove, up to 0.95, of what --budget counts.",
+            show_default=False,
+        ),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        str | None,
+        typer.Option(
+            "--max-perplexity-increase",
+            metavar="SHARE",
+            rich_help_panel=GOAL,
+            help="Find the largest ratio that costs at most so much perplexity on held-out text: 10%.",
+            show_default=False,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="BYTES",
+            rich_help_panel=GOAL,
+            help="Find the smallest ratio whose saved weights have at most so many bytes: 100MB.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        Budget,
+        typer.Option(
+            "--budget",
+            metavar="NAME",
+            rich_help_panel=GOAL,
+            help="What the ratio is a share of: parameters (of the decoder layers' matrices), bytes (of the stored "
+            "weights), multiply-adds (of one token) or kv-cache (bytes of one token).",
+        ),
+    ] = Budget.parameters,
+    context: Annotated[
+        int,
+        typer.Option(
+            "--context",
+            metavar="N",
+            rich_help_panel=GOAL,
+            help="Tokens that a token attends to where multiply-adds are counted.",
+        ),
+    ] = 2048,
     calibration: Annotated[
         str,
         typer.Option(
@@ -120,8 +172,15 @@ def compress(
     modegpt-graph compress demo --ratio 0.3 --out small
 
     modegpt-graph compress ./my-model --ratio 0.2 --calib texts.jsonl --out ./my-model-small
+
+    modegpt-graph compress demo --max-perplexity-increase 10% --out small
+
+    modegpt-graph compress demo --target-size 400MB --out small
     """
-    checks.ratio(ratio)
+    checks.one_goal(ratio=ratio, max_perplexity_increase=max_perplexity_increase, target_size=target_size)
+    if ratio is not None:
+        checks.ratio(ratio)
+    checks.at_least("--context", context, 1)
     checks.out_directory(out)
     checks.text_source("--calib", calibration)
     checks.at_least("--calib-windows", windows, 1)
@@ -131,6 +190,7 @@ def compress(
     checks.pattern_sources(patterns or [])
     quieten()
     from modegpt_graph import api
+    from modegpt_graph.goals import share_of
     from modegpt_graph.report.console import render_outcome
     from modegpt_graph.report.files import write_text
     from modegpt_graph.report.html import to_html
@@ -141,6 +201,10 @@ def compress(
         result = api.compress(
             model,
             ratio,
+            max_perplexity_increase=None if max_perplexity_increase is None else share_of(max_perplexity_increase),
+            target_size=target_size,
+            budget=budget.value,
+            context=context,
             calibration=calibration,
             preset=preset.value,
             recalibrate=recalibrate,

@@ -36,22 +36,26 @@ class CrCurve:
     """The error at every rank on the way down from all columns, the same counts in every group.
 
     counts: (T + 1, kinds) blocks kept of each kind.   columns: (T + 1,) columns kept, descending.
-    errors: (T + 1,) relative squared error.
+    errors: (T + 1,) relative squared error.   dropped: (T, G) the block that goes in each step, in every group.
     """
 
     counts: Tensor
     columns: Tensor
     errors: Tensor
+    dropped: Tensor
 
     def counts_for(self, rank: int) -> tuple[int, ...]:
         """Blocks of each kind to keep so that at most `rank` columns stay, as many as the blocks allow."""
-        step = int((self.columns <= rank).nonzero()[0]) if bool((self.columns <= rank).any()) else len(self.columns) - 1
-        return tuple(int(count) for count in self.counts[step])
+        return tuple(int(count) for count in self.counts[self.step_at(rank)])
 
     def error_at(self, rank: int) -> float:
         """Relative squared error with at most `rank` columns kept."""
-        step = int((self.columns <= rank).nonzero()[0]) if bool((self.columns <= rank).any()) else len(self.columns) - 1
-        return float(self.errors[step])
+        return float(self.errors[self.step_at(rank)])
+
+    def step_at(self, rank: int) -> int:
+        """The first step with at most `rank` columns left, the last one where there is none."""
+        few = self.columns <= rank
+        return int(few.nonzero()[0]) if bool(few.any()) else len(self.columns) - 1
 
 
 def cr(
@@ -84,7 +88,7 @@ def cr(
     if not any(counts):
         raise RankError("no column would be kept")
     problem = LogitsForm.of(query_grams, key_grams, kinds, scale)
-    present, _, _ = _descend(problem, kinds, list(counts), score)
+    present, *_ = _descend(problem, kinds, list(counts), score)
     d, group_count = key_grams.shape[-1], key_grams.shape[0]
     columns = torch.zeros(group_count, d, dtype=torch.bool)
     for group in range(group_count):
@@ -112,19 +116,23 @@ def cr_curve(
     """
     kinds = Kinds.of(blocks, key_grams.shape[-1])
     problem = LogitsForm.of(query_grams, key_grams, kinds, scale)
-    _, errors, counts = _descend(problem, kinds, [0] * len(kinds.sizes), score)
+    _, errors, counts, dropped = _descend(problem, kinds, [0] * len(kinds.sizes), score)
     table = torch.tensor(counts)
-    return CrCurve(table, table @ torch.tensor(kinds.sizes), torch.tensor(errors, dtype=torch.float64))
+    columns = table @ torch.tensor(kinds.sizes)
+    return CrCurve(table, columns, torch.tensor(errors, dtype=torch.float64), torch.stack(dropped))
 
 
 def _descend(
     problem: LogitsForm, kinds: Kinds, floors: list[int], score: Score
-) -> tuple[Tensor, list[float], list[list[int]]]:
-    """Drop blocks down to `floors` of each kind: who is still present (G, n), errors and counts after every step."""
+) -> tuple[Tensor, list[float], list[list[int]], list[Tensor]]:
+    """Drop blocks down to `floors` of each kind.
+
+    Returns who is still present (G, n), errors and counts after every step, and the block (G,) that each step dropped.
+    """
     group_count, n = problem.column_energy.shape
     present = torch.ones(group_count, n, dtype=torch.bool)
     remaining = list(kinds.available)
-    counts, errors = [list(remaining)], [0.0]
+    counts, errors, dropped = [list(remaining)], [0.0], []
     static = _static_scores(problem, score)
     state = _State.of(problem)
     while remaining != floors:
@@ -141,11 +149,12 @@ def _descend(
         assert best is not None
         _, kind, chosen = best
         state.drop(chosen)
+        dropped.append(chosen)
         present[torch.arange(group_count), chosen] = False
         remaining[kind] -= 1
         counts.append(list(remaining))
         errors.append(_share(problem.error(state.lost), problem.totals))
-    return present, errors, counts
+    return present, errors, counts, dropped
 
 
 def _static_scores(problem: LogitsForm, score: Score) -> Tensor | None:

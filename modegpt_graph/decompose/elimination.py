@@ -18,11 +18,14 @@ class Elimination:
     order: (n,) block indices, the first one dropped first, so that the k kept blocks are `order[n - k:]`.
     errors: (n + 1,) relative squared error of the refitted output with k blocks kept; errors[n] = 0.
     ridge: absolute ridge that was used.
+    leaves: (n,) Σ of column k of the Cholesky factor squared, columns in the order in which they stay: what features
+    k, k + 1, … leave unexplained when k is dropped; None where that factor was not needed.
     """
 
     order: Tensor
     errors: Tensor
     ridge: float
+    leaves: Tensor | None = None
 
     def kept(self, count: int) -> Tensor:
         """The `count` blocks that are dropped last, ascending."""
@@ -127,7 +130,8 @@ def eliminate_in_order(
     distance = wanted.square().sum() + torch.cat([drift.new_zeros(1), drift.cumsum(0)])
     errors = (objective - factor.ridge * distance).clamp_min(0)
     errors[-1] = 0.0  # nothing is dropped; what is left there is rounding
-    return Elimination(order, errors / total if total > 0 else torch.zeros_like(errors), factor.ridge)
+    shares = errors / total if total > 0 else torch.zeros_like(errors)
+    return Elimination(order, shares, factor.ridge, torch.linalg.vecdot(factor.lower, factor.lower, dim=0))
 
 
 def _columns_of(positions: Tensor, size: int) -> Tensor:

@@ -78,7 +78,7 @@ def value_output_svd(head_grams: Tensor, output: Tensor, rank: int, *, sweeps: i
     basis = full[..., :rank]
     for _ in range(sweeps):
         basis = _sweep(grams, outer, basis)
-    fitted = _fit(grams, basis, grams @ output)
+    fitted = fit_outputs(grams, basis, grams @ output)
     error = float(energy(grams, output - basis[:, None] @ fitted).sum())
     total = float(totals.sum())
     left = (totals.sum() - torch.cat([spectrum.new_zeros(1), spectrum.sum(0).cumsum(0)])).clamp_min(0)
@@ -140,8 +140,11 @@ def _orthonormal(basis: Tensor) -> Tensor:
     return torch.linalg.qr(basis / basis.norm(dim=-2, keepdim=True)).Q
 
 
-def _fit(grams: Tensor, basis: Tensor, right: Tensor) -> Tensor:
-    """(G, g, k, …) least-squares outputs (Bᵀ C_h B)⁻¹ Bᵀ right_h."""
+def fit_outputs(grams: Tensor, basis: Tensor, right: Tensor) -> Tensor:
+    """(G, g, k, …) least-squares outputs (Bᵀ C_h B)⁻¹ Bᵀ right_h; right_h = C_h W_h gives the heads' own.
+
+    grams: (G, g, d, d).   basis: (G, d, k).   right: (G, g, d, …).
+    """
     shared = basis[:, None]
     lower = torch.stack([factorise(gram, 0.0).lower for gram in (shared.mT @ grams @ shared).flatten(0, 1)])
     return torch.cholesky_solve(shared.mT @ right, lower.view(*grams.shape[:2], *lower.shape[1:]))
@@ -162,7 +165,7 @@ def _sweep(grams: Tensor, outer: Tensor, basis: Tensor, steps: int = 20) -> Tens
     The basis solves, by conjugate gradients, Σ_h C_h B (Ŵ_h Ŵ_hᵀ) = Σ_h C_h W_h Ŵ_hᵀ; with Ŵ_h = F_h W_h both sides
     need W_h W_hᵀ only.
     """
-    fit = _fit(grams, basis, grams)  # (G, g, k, d)
+    fit = fit_outputs(grams, basis, grams)  # (G, g, k, d)
     inner = fit @ outer @ fit.mT  # (G, g, k, k)
     right = (grams @ outer @ fit.mT).sum(1)  # (G, d, k)
     left_lower = torch.stack([factorise(gram, RIDGE).lower for gram in grams.mean(1)])

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from modegpt_graph.methods.common import Pass, Setting, Smaller, Unavailable
+from modegpt_graph.rewrite.costs import count_costs
 from modegpt_graph.rewrite.decomposed import decompose
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 
@@ -34,7 +35,7 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
         setting.layers,
         setting.observed,
         setting.tokens,
-        setting.total,
+        count_costs(setting.dense, setting.modules, setting.surveyed.trace, setting.total),
         preset=preset,
         progress=setting.progress,
     )

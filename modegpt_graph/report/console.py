@@ -8,9 +8,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from modegpt_graph.allocate.budget import PARAMETERS
 from modegpt_graph.match.sites import Analysis
 from modegpt_graph.report import words
-from modegpt_graph.report.changes import change_rows
+from modegpt_graph.report.bounds import EXPLAINED, BoundSeries, bound_series, violation_line, violations
+from modegpt_graph.report.changes import asked_line, change_rows, search_line
 from modegpt_graph.report.fold import SiteGroup, UnmatchedGroup, fold_sites, fold_unmatched
 from modegpt_graph.report.outcome import CompressionOutcome
 from modegpt_graph.report.ranks import rank_series, sparkline
@@ -46,6 +48,9 @@ def render_outcome(analysis: Analysis, outcome: CompressionOutcome, console: Con
     series = rank_series(analysis, outcome)
     if series:
         _section(console, "Kept, layer by layer", _rank_lines(analysis, outcome, width), width)
+    bounds = bound_series(analysis, outcome)
+    if bounds:
+        _section(console, "Error and bound", _bound_table(bounds, violations(outcome)), width)
     console.print()
     console.print(_change_table(outcome))
     console.print(_footnotes(outcome), width=width)
@@ -139,18 +144,22 @@ def _unmatched(groups: tuple[UnmatchedGroup, ...]) -> RenderableType:
 
 def _asked(analysis: Analysis, outcome: CompressionOutcome) -> RenderableType:
     reached = outcome.ratios
+    share, asked = asked_line(outcome)
     lines = Table.grid(padding=(0, 2))
     lines.add_column(style="dim", no_wrap=True)
     lines.add_column()
     lines.add_row(
         "removed",
         Text.assemble(
-            (words.percent(reached.decoder_linear), "bold"),
-            f" of the decoder layers' matrices ({words.percent(outcome.ratio)} asked)\n",
+            (share, "bold"),
+            f"{asked}\n",
+            "" if outcome.budget == "parameters" else f"{words.percent(reached.decoder_linear)} of {PARAMETERS}, ",
             f"{words.percent(reached.without_embeddings)} of all parameters without embeddings, "
             f"{words.percent(reached.all)} of all",
         ),
     )
+    if outcome.search is not None:
+        lines.add_row("search", Text(search_line(outcome.search)))
     lines.add_row("calibration", Text(outcome.calibration))
     if outcome.fallback_reason:
         lines.add_row("", Text(f"not the text asked for: {outcome.fallback_reason}", "red"))
@@ -180,6 +189,24 @@ def _rank_lines(analysis: Analysis, outcome: CompressionOutcome, width: int) -> 
     )
 
 
+def _bound_table(series: tuple[BoundSeries, ...], violated: tuple[str, ...]) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("error", "bound", "bound / error", "median"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in series:
+        name = Text.assemble((one.roles, "bold"), "\n", (f"proposition {one.proposition}", "dim"))
+        if one.error is None or one.bound is None or one.looseness is None:
+            table.add_row(name, Text("not made smaller", "dim"), "", "", "")
+            continue
+        middle = words.short_figure(one.looseness.middle)
+        table.add_row(name, str(one.error), str(one.bound), str(one.looseness), middle)
+    parts: list[RenderableType] = [table, Text(EXPLAINED, "dim")]
+    if violated:
+        parts.append(Text(violation_line(violated), "bold red"))
+    return Group(*parts)
+
+
 def _change_table(outcome: CompressionOutcome) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, 1))
     table.add_column("")
@@ -198,6 +225,10 @@ def _footnotes(outcome: CompressionOutcome) -> RenderableType:
         lines.add_row("measured on", Text(outcome.evaluation))
     if outcome.approximation:
         lines.add_row("norms", Text(outcome.approximation))
+    if outcome.counted:
+        lines.add_row("counted", Text(outcome.counted))
+    if outcome.reused:
+        lines.add_row("reused", Text(" ".join(outcome.reused)))
     time = words.time_line(outcome.seconds, outcome.forward_passes)
     if time:
         lines.add_row("time", Text(time))

@@ -5,9 +5,12 @@ Every string from a model or a pattern goes through `escape`.
 
 from html import escape
 
+from modegpt_graph.allocate.budget import PARAMETERS
 from modegpt_graph.match.sites import Analysis, Site
 from modegpt_graph.report import words
-from modegpt_graph.report.changes import change_rows
+from modegpt_graph.report.bound_chart import bound_chart
+from modegpt_graph.report.bounds import EXPLAINED, bound_series, violation_line, violations
+from modegpt_graph.report.changes import asked_line, change_rows, search_line
 from modegpt_graph.report.fold import SiteGroup, fold_sites, fold_unmatched
 from modegpt_graph.report.outcome import CompressionOutcome, SiteOutcome
 from modegpt_graph.report.ranks import rank_series
@@ -60,10 +63,13 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
         f'<td class="number"><b>{escape(compressed)}</b></td><td class="number">{escape(change)}</td></tr>'
         for name, dense, compressed, change in change_rows(outcome)
     )
+    share, asked = asked_line(outcome)
+    matrices = "" if outcome.budget == "parameters" else f"{words.percent(reached.decoder_linear)} of {PARAMETERS}, "
     notes = [
-        f"<b>{words.percent(reached.decoder_linear)}</b> of the decoder layers' matrices were removed "
-        f"({words.percent(outcome.ratio)} asked): {words.percent(reached.without_embeddings)} of all parameters "
-        f"without embeddings, {words.percent(reached.all)} of all.",
+        f"<b>{escape(share)}</b>{escape(asked)} went: {escape(matrices)}"
+        f"{words.percent(reached.without_embeddings)} of all parameters without embeddings, "
+        f"{words.percent(reached.all)} of all.",
+        "" if outcome.search is None else escape(search_line(outcome.search)),
         f"Calibrated on {escape(words.sentence(outcome.calibration, start=False))} "
         f"{escape(words.sentence(words.method_line(outcome.preset, outcome.allocator, outcome.seed)))}",
     ]
@@ -74,6 +80,7 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
         notes.append(f"Perplexity and KL were measured on {escape(words.sentence(outcome.evaluation, start=False))}")
     if outcome.approximation:
         notes.append(escape(outcome.approximation))
+    notes += [escape(outcome.counted or ""), escape(f"Reused: {' '.join(outcome.reused)}" if outcome.reused else "")]
     notes.append(escape(words.time_line(outcome.seconds, outcome.forward_passes)))
     charts = "".join(
         f'<h3>{escape(one.roles)} <span class="soft">{escape(one.span)}</span></h3>{rank_chart(one)}'
@@ -85,8 +92,24 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
         f"<tbody>{rows}</tbody></table></div>\n"
         + "".join(f"<p>{note}</p>" for note in notes if note)
         + (f"\n<h2>Features kept, layer by layer</h2>\n{charts}" if charts else "")
+        + _bounds(analysis, outcome)
         + "\n</section>"
     )
+
+
+def _bounds(analysis: Analysis, outcome: CompressionOutcome) -> str:
+    series = bound_series(analysis, outcome)
+    if not series:
+        return ""
+    parts = [f"\n<h2>Error and bound</h2>\n<p>{escape(EXPLAINED)}</p>"]
+    violated = violations(outcome)
+    if violated:
+        parts.append(f'<p class="bad"><b>{escape(violation_line(violated))}</b></p>')
+    for one in series:
+        loose = "" if one.looseness is None else f", bound / error {one.looseness}"
+        said = f"proposition {one.proposition}{loose}"
+        parts.append(f'<h3>{escape(one.roles)} <span class="soft">{escape(said)}</span></h3>{bound_chart(one)}')
+    return "".join(parts)
 
 
 def _sites(analysis: Analysis, outcome: CompressionOutcome | None) -> str:
@@ -125,7 +148,7 @@ def _group(group: SiteGroup, outcomes: dict[str, SiteOutcome]) -> str:
 
 def _detail(group: SiteGroup, outcomes: dict[str, SiteOutcome]) -> str:
     kept = any(site.id in outcomes for site in group.sites)
-    heads = ["layer", *group.example.roles, "probe error", *(["kept", "relative error"] if kept else [])]
+    heads = ["layer", *group.example.roles, "probe error", *(["kept", "relative error", "bound"] if kept else [])]
     rows = "".join(f"<tr>{_detail_row(site, outcomes.get(site.id), kept)}</tr>" for site in group.sites)
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -141,8 +164,9 @@ def _detail_row(site: Site, outcome: SiteOutcome | None, kept: bool) -> str:
     if kept and outcome is not None:
         cells.append(f"{outcome.rank:,} of {outcome.full_rank:,}")
         cells.append("not measured" if outcome.relative_error is None else words.figure(outcome.relative_error))
+        cells.append("none" if outcome.bound is None else words.figure(outcome.bound))
     elif kept:
-        cells += ["all", ""]
+        cells += ["all", "", ""]
     return "".join(f"<td>{cell}</td>" for cell in cells)
 
 

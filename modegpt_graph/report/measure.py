@@ -1,56 +1,88 @@
 """The figures of a compression that need no text: sizes, ranks and errors, counted on the models themselves."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modegpt_graph.calibrate.text import Calibration
 from modegpt_graph.match.modules import SiteModule
-from modegpt_graph.models import cache_of, can_generate
-from modegpt_graph.report.outcome import CompressionOutcome, Ratios, SiteOutcome
-from modegpt_graph.rewrite.budget import parameter_count, site_items, stored_bytes
+from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, SiteOutcome
+from modegpt_graph.rewrite.apply import RewrittenModule
+from modegpt_graph.rewrite.bounds import SiteBounds, site_bounds
+from modegpt_graph.rewrite.budget import cache_bytes, parameter_count, site_items, stored_bytes
+from modegpt_graph.rewrite.decomposed import Decomposed
 from modegpt_graph.rewrite.solution import Solution, rank_of
 
 
+@dataclass(frozen=True)
+class Built:
+    """A smaller model.
+
+    first: the solutions that the sites' solvers gave.   solutions: those in place, some of them fitted again since.
+    """
+
+    model: nn.Module
+    rewritten: tuple[RewrittenModule, ...]
+    first: Mapping[str, Solution]
+    solutions: Mapping[str, Solution]
+
+
 def measure(
-    dense: nn.Module,
-    smaller: nn.Module,
-    modules: Sequence[SiteModule],
-    solutions: Mapping[str, Solution],
-    decoder_linear_parameters: int,
+    decomposed: Decomposed,
+    built: Built,
+    ranks: Mapping[str, int],
     *,
     ratio: float,
+    budget: str,
     preset: str,
     allocator: str,
     seed: int,
     text: Calibration,
 ) -> CompressionOutcome:
-    """What was asked and what it came to."""
-    sites = _sites(modules, solutions)
-    removed = sum(site.parameters_before - site.parameters_after for site in sites)
+    """What was asked and what it came to.
+
+    No proposition bounds the errors of solutions that were fitted again on what the smaller model reads: those sites
+    have the bounds of their decompositions alone.
+    """
+    dense, modules, costs, smaller = decomposed.dense, decomposed.modules, decomposed.costs, built.model
+    bounds = site_bounds(modules, decomposed.solvers, built.first)
+    again = {site for site, solution in built.solutions.items() if solution is not built.first[site]}
+    bounds = {site: replace(one, bounds=()) if site in again else one for site, one in bounds.items()}
     before, after = parameter_count(dense), parameter_count(smaller)
     inner = parameter_count(dense, without_embeddings=True)
     inner_after = parameter_count(smaller, without_embeddings=True)
+    left = {name: total - decomposed.removed(ranks, name) for name, total in costs.totals.items()}
+    left["bytes"] = stored_bytes(smaller)
+    cached, cached_after = cache_bytes(dense), cache_bytes(smaller)
+    if cached_after is not None:
+        left["kv-cache"] = cached_after
+    reductions = {name: Reduction(total, left[name]) for name, total in costs.totals.items()}
     return CompressionOutcome(
         ratio=ratio,
         preset=preset,
         allocator=allocator,
         seed=seed,
         calibration=text.description,
-        ratios=Ratios(removed / decoder_linear_parameters, 1 - inner_after / inner, 1 - after / before),
+        ratios=Ratios(reductions["parameters"].share, 1 - inner_after / inner, 1 - after / before),
         parameters_before=before,
         parameters_after=after,
-        sites=sites,
+        sites=_sites(modules, built.solutions, bounds),
         fallback_reason=text.fallback_reason,
-        bytes_before=stored_bytes(dense),
-        bytes_after=stored_bytes(smaller),
-        cache_bytes_per_token_before=cache_bytes(dense),
-        cache_bytes_per_token_after=cache_bytes(smaller),
+        bytes_before=costs.totals["bytes"],
+        bytes_after=left["bytes"],
+        cache_bytes_per_token_before=cached,
+        cache_bytes_per_token_after=cached_after,
+        budget=budget,
+        reductions=reductions,
+        context=costs.context,
+        counted=costs.counted,
     )
 
 
-def _sites(modules: Sequence[SiteModule], solutions: Mapping[str, Solution]) -> tuple[SiteOutcome, ...]:
+def _sites(
+    modules: Sequence[SiteModule], solutions: Mapping[str, Solution], bounds: Mapping[str, SiteBounds]
+) -> tuple[SiteOutcome, ...]:
     items = {item.id: item for item in site_items(modules)}
     found = []
     for placed in (placed for one in modules for placed in one.placed):
@@ -59,20 +91,13 @@ def _sites(modules: Sequence[SiteModule], solutions: Mapping[str, Solution]) -> 
         rank = layout.size if solution is None else rank_of(solution.kept, layout)
         error = 0.0 if solution is None else solution.relative_error
         sites = placed.site.apart()
+        known = bounds.get(placed.site.id, SiteBounds((), ()))
+        curve = tuple(BoundPoint(point.rank, point.relative_error, point.bound) for point in known.curve)
         before, removed = item.removed(0) // len(sites), item.removed(rank) // len(sites)
         for number, site in enumerate(sites):
             tokens = None
             if solution is not None and solution.experts:
                 error, tokens = solution.experts[number].relative_error, solution.experts[number].tokens
-            found.append(SiteOutcome(site.id, rank, layout.size, error, before, before - removed, tokens))
+            bound = known.bounds[number] if known.bounds else None
+            found.append(SiteOutcome(site.id, rank, layout.size, error, before, before - removed, tokens, bound, curve))
     return tuple(found)
-
-
-def cache_bytes(model: nn.Module) -> int | None:
-    """Bytes that one more token of one sequence takes in the key/value cache; None for models without one."""
-    if not can_generate(model):
-        return None
-    with torch.no_grad():
-        cache = cache_of(model(torch.zeros(1, 1, dtype=torch.long), use_cache=True))
-    tensors = [t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if isinstance(t, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) or None

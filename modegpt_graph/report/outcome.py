@@ -6,6 +6,30 @@ A value that a run did not measure is None, never a guess.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+SLACK, RELATIVE_SLACK = 1e-9, 1e-6  # of rounding, in errors and bounds that are meant to be equal
+
+
+def is_within(error: float, bound: float) -> bool:
+    """Whether a relative error is at most its bound, up to rounding. Not where either is not a number."""
+    return error <= bound * (1 + RELATIVE_SLACK) + SLACK
+
+
+@dataclass(frozen=True)
+class BoundPoint:
+    """A site's decomposition at one rank: its own relative error on the calibration set, and what that can be at most.
+
+    For heads of attention outputs these are of each head alone; a site's `relative_error` is of all heads together.
+    """
+
+    rank: int
+    relative_error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the bound, up to rounding."""
+        return is_within(self.relative_error, self.bound)
+
 
 @dataclass(frozen=True)
 class SiteOutcome:
@@ -15,6 +39,8 @@ class SiteOutcome:
     relative_error: squared error of the pair's output on the calibration set over its squared norm.
     parameters_before, parameters_after: of the matrices and biases in the site's roles.
     tokens: calibration tokens that were routed to an expert; None for any other site, which saw them all.
+    bound: what proposition 1, 2 or 3 allows `relative_error` to be at most, from the statistics of this run; None where
+    no proposition speaks of it.   curve: the decomposition's own errors and bounds at a few ranks and the chosen one.
     """
 
     id: str
@@ -24,6 +50,16 @@ class SiteOutcome:
     parameters_before: int
     parameters_after: int
     tokens: int | None = None
+    bound: float | None = None
+    curve: tuple[BoundPoint, ...] = ()
+
+    @property
+    def bound_holds(self) -> bool | None:
+        """Whether every error is within its bound, up to rounding: a bound that is not is a bug. None without one."""
+        points = [point.holds for point in self.curve]
+        if self.bound is not None and self.relative_error is not None:
+            points.append(is_within(self.relative_error, self.bound))
+        return all(points) if points else None
 
 
 @dataclass(frozen=True)
@@ -36,10 +72,48 @@ class Ratios:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """What a budget counts, of the dense and of the compressed model."""
+
+    before: int
+    after: int
+
+    @property
+    def share(self) -> float:
+        """Share that went: 0.3 is 30 %."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True)
+class Try:
+    """One ratio that a search measured: what it was expected to come to, and what it came to."""
+
+    ratio: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the ratio was found, where it was not given.
+
+    goal: `max_perplexity_increase`, then figures are shares (0.1 is 10 % more perplexity), or `target_size`, then they
+    are bytes of the saved weights.   limit: what was asked for.   tries: in order; the last one is the model.
+    """
+
+    goal: str
+    limit: float
+    tries: tuple[Try, ...]
+
+
+@dataclass(frozen=True)
 class CompressionOutcome:
     """What was asked, what was reached, what it cost and what it did to the model.
 
-    ratio: asked for.   preset: the algorithms, by name.   allocator: how the ratio was spread.
+    ratio: asked for or found, a share of what `budget` counts.   reductions: budget → what it counts before and after.
+    context: tokens that a token attends to in the count of multiply-adds.   counted: how it was counted, in sentences.
+    search: how the ratio was found.   reused: what was taken from an earlier run, one line each.
+    preset: the algorithms, by name.   allocator: how the ratio was spread.
     calibration, evaluation: one line that describes the text ("32 windows of 1,024 of wikitext2").
     fallback_reason: why another calibration source than the one asked for was used, None where it was not.
     bytes_*: of the saved weights.   cache_bytes_per_token_*: key/value cache of one token of one sequence, all layers.
@@ -69,3 +143,9 @@ class CompressionOutcome:
     evaluation: str | None = None
     approximation: str | None = None
     preset: str = "default"
+    budget: str = "parameters"
+    reductions: Mapping[str, Reduction] = field(default_factory=dict)
+    context: int | None = None
+    counted: str | None = None
+    search: Search | None = None
+    reused: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from modegpt_graph.errors import InputError
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, Unmatched
-from modegpt_graph.report.outcome import CompressionOutcome, Ratios, SiteOutcome
+from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, Search, SiteOutcome, Try
 
 SCHEMA_VERSION = 1
 
@@ -63,10 +63,19 @@ class SiteJson(Strict):
     reason: str
 
 
+class BoundPointJson(Strict):
+    """Error of a decomposition at one rank, and what propositions 1 to 3 allow it to be at most."""
+
+    rank: int
+    relative_error: float
+    bound: float
+
+
 class CompressedSiteJson(SiteJson):
     """`rank` of `full_rank` features in each of `groups` groups; None for a site that was left alone.
 
-    tokens: calibration tokens that reached an expert, None for other sites.
+    tokens: calibration tokens that reached an expert, None for other sites.   bound: of `relative_error`.
+    bound_curve: the decomposition's own errors at a few ranks.   bound_holds: False is a bug; None without a bound.
     """
 
     layer: int | None
@@ -77,6 +86,9 @@ class CompressedSiteJson(SiteJson):
     parameters_before: int | None
     parameters_after: int | None
     tokens: int | None = None
+    bound: float | None = None
+    bound_holds: bool | None = None
+    bound_curve: list[BoundPointJson] = []
 
 
 class UnmatchedJson(Strict):
@@ -102,6 +114,44 @@ class BeforeAfterJson(Strict):
     after: int | None
 
 
+class ReductionJson(Strict):
+    """What a budget counts; `reduction` is the share that went."""
+
+    before: int
+    after: int
+    reduction: float
+
+
+class ReductionsJson(Strict):
+    """parameters: of the decoder layers' matrices.   bytes: of the stored weights.   multiply_adds: of one token.
+
+    kv_cache: bytes that one more token leaves behind.
+    """
+
+    parameters: ReductionJson
+    bytes: ReductionJson
+    multiply_adds: ReductionJson
+    kv_cache: ReductionJson
+
+
+class TryJson(Strict):
+    """One ratio that was measured on the way."""
+
+    ratio: float
+    predicted: float
+    measured: float
+
+
+class SearchJson(Strict):
+    """How the ratio was found; the last of `tries` is the model. Shares for perplexity, bytes for a size."""
+
+    goal: Literal["max_perplexity_increase", "target_size"]
+    limit: float
+    predicted: float
+    measured: float
+    tries: list[TryJson]
+
+
 class PerplexityJson(Strict):
     """Perplexity on the same windows."""
 
@@ -110,7 +160,10 @@ class PerplexityJson(Strict):
 
 
 class CompressionJson(Strict):
-    """`ratio` was asked for, `ratios` were reached; each is the share of parameters removed."""
+    """`ratio`, a share of what `budget` counts, was asked for or found; `ratios` and `reductions` were reached.
+
+    context: tokens attended to in `multiply_adds`.   counted: how it was counted.   reused: from an earlier run.
+    """
 
     ratio: float
     allocator: str
@@ -128,6 +181,12 @@ class CompressionJson(Strict):
     evaluation: str | None
     approximation: str | None = None
     preset: str = "default"
+    budget: Literal["parameters", "bytes", "multiply-adds", "kv-cache"] = "parameters"
+    reductions: ReductionsJson | None = None
+    context: int | None = None
+    counted: str | None = None
+    search: SearchJson | None = None
+    reused: list[str] = []
 
 
 class AnalysisJson(Strict):
@@ -204,8 +263,10 @@ def _site(site: Site) -> dict[str, Any]:
 
 
 def _site_outcome(site: Site, outcome: SiteOutcome | None) -> dict[str, Any]:
-    added = ("rank", "relative_error", "parameters_before", "parameters_after", "tokens")
-    place = {"layer": site.layer, "groups": site.groups, "full_rank": site.full_rank}
+    added = ("rank", "relative_error", "parameters_before", "parameters_after", "tokens", "bound", "bound_holds")
+    place: dict[str, Any] = {"layer": site.layer, "groups": site.groups, "full_rank": site.full_rank}
+    curve = () if outcome is None else outcome.curve
+    place["bound_curve"] = [{name: getattr(point, name) for name in BoundPointJson.model_fields} for point in curve]
     return place | {name: None if outcome is None else getattr(outcome, name) for name in added}
 
 
@@ -213,10 +274,27 @@ def _compression(outcome: CompressionOutcome) -> dict[str, Any]:
     plain = {name: getattr(outcome, name) for name in CompressionJson.model_fields if hasattr(outcome, name)}
     plain["ratios"] = {name: getattr(outcome.ratios, name) for name in RatiosJson.model_fields}
     plain["seconds"] = dict(outcome.seconds)
+    plain["reused"] = list(outcome.reused)
+    plain["reductions"] = {
+        name.replace("-", "_"): {"before": one.before, "after": one.after, "reduction": one.share}
+        for name, one in outcome.reductions.items()
+    } or None
+    plain["search"] = None if outcome.search is None else _search(outcome.search)
     for name in ("parameters", "bytes", "cache_bytes_per_token"):
         plain[name] = {when: getattr(outcome, f"{name}_{when}") for when in BeforeAfterJson.model_fields}
     plain["perplexity"] = {which: getattr(outcome, f"perplexity_{which}") for which in PerplexityJson.model_fields}
     return plain
+
+
+def _search(search: Search) -> dict[str, Any]:
+    last = search.tries[-1]
+    return {
+        "goal": search.goal,
+        "limit": search.limit,
+        "predicted": last.predicted,
+        "measured": last.measured,
+        "tries": [{name: getattr(one, name) for name in TryJson.model_fields} for one in search.tries],
+    }
 
 
 def _read_site(site: CompressedSiteJson) -> Site:
@@ -265,6 +343,12 @@ def _read_outcome(report: CompressionReportJson) -> CompressionOutcome:
         kl=compression.kl,
         evaluation=compression.evaluation,
         approximation=compression.approximation,
+        budget=compression.budget,
+        reductions=_read_reductions(compression.reductions),
+        context=compression.context,
+        counted=compression.counted,
+        search=_read_search(compression.search),
+        reused=tuple(compression.reused),
         sites=tuple(
             SiteOutcome(
                 id=site.id,
@@ -274,8 +358,22 @@ def _read_outcome(report: CompressionReportJson) -> CompressionOutcome:
                 parameters_before=site.parameters_before or 0,
                 parameters_after=site.parameters_after or 0,
                 tokens=site.tokens,
+                bound=site.bound,
+                curve=tuple(BoundPoint(**point.model_dump()) for point in site.bound_curve),
             )
             for site in report.sites
             if site.rank is not None
         ),
     )
+
+
+def _read_reductions(reductions: ReductionsJson | None) -> dict[str, Reduction]:
+    if reductions is None:
+        return {}
+    return {name.replace("_", "-"): Reduction(one.before, one.after) for name, one in reductions}
+
+
+def _read_search(search: SearchJson | None) -> Search | None:
+    if search is None:
+        return None
+    return Search(search.goal, search.limit, tuple(Try(**one.model_dump()) for one in search.tries))

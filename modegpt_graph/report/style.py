@@ -48,6 +48,14 @@ tbody tr:last-child td { border-bottom: 0; }
 .ranks text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .ranks .grid { stroke: var(--line); } .ranks .full { fill: var(--wash); } .ranks .kept { fill: var(--accent); }
 .ranks .hit { fill: transparent; }
+.bounds { width: 100%; height: auto; display: block; }
+.bounds text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.bounds .grid { stroke: var(--line); }
+.bounds .error { color: var(--accent); } .bounds .bound { color: var(--soft); }
+.bounds .band { fill: currentColor; opacity: .14; }
+.bounds .middle { fill: none; stroke: currentColor; stroke-width: 2; }
+.bounds .bound .middle { stroke-dasharray: 6 4; } .bounds circle { fill: currentColor; opacity: .65; }
+.bounds text.name { fill: currentColor; }
 dl.words { display: grid; grid-template-columns: 7rem 1fr; gap: .5rem 1rem; margin: 0; font-size: .92rem; }
 dl.words dt { font-weight: 600; } dl.words dd { margin: 0; color: var(--soft); }
 @media (max-width: 44rem) { summary { grid-template: none / 1rem auto auto 1fr; } .heads { display: none; }

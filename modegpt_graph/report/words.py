@@ -25,6 +25,8 @@ GLOSSARY = {
     "CR": "Keeps the features whose product of query and key norms is highest; the same ones on both sides.",
     "SVD": "Replaces the pair by the rank-k pair that is nearest on the calibration text; no selection beats it.",
     "rank": "Features that are kept in each group (attention head), of those there were.",
+    "bound": "What propositions 1 to 3 of the method's paper allow an error to be at most, for the ridge, blocks and "
+    "selection that were used. How far a bound is above its error tells how much the theory gives away.",
     "coverage": "Share of the decoder layers' weight-matrix parameters that belong to a site.",
 }
 
@@ -72,6 +74,15 @@ def figure(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:#.4g}".rstrip(".")
     return f"{value:.2g}"
+
+
+def short_figure(value: float) -> str:
+    """A measured value to two significant digits, where many stand side by side: 18, 0.61, 1.2e+05."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if 10 <= abs(value) < 1e4 else f"{value:#.2g}".rstrip(".")
 
 
 def plural(number: int, noun: str) -> str:

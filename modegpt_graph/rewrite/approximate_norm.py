@@ -45,6 +45,10 @@ class ApproximateScoreBlocks:
         measured = [1.0, *(self.solution(rank).relative_error or 0.0 for rank in ranks), 0.0]
         self.errors = _through([0, *ranks, size], measured)
 
+    def bounds(self) -> None:
+        """None: no proposition speaks of a norm that does not know what was dropped."""
+        return None
+
     def solution(self, rank: int) -> Solution:
         """The blocks that make up `rank` features, their scales, and the factors of each head."""
         chosen = self._choose(rank)

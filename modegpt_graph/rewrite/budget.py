@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from modegpt_graph.allocate.budget import Item
 from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.models import cache_of, can_generate
 
 GROUPED_MULTIPLE = 8  # kernels that multiply all experts at once read rows of whole 16 bytes: 8 numbers of 2 bytes
 
@@ -40,3 +42,13 @@ def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights on disk: tied tensors once."""
     seen = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()}
     return sum(seen.values())
+
+
+def cache_bytes(model: nn.Module) -> int | None:
+    """Bytes that one more token of one sequence takes in the key/value cache; None for models without one."""
+    if not can_generate(model):
+        return None
+    with torch.no_grad():
+        cache = cache_of(model(torch.zeros(1, 1, dtype=torch.long), use_cache=True))
+    tensors = [t for layer in getattr(cache, "layers", ()) for t in vars(layer).values() if isinstance(t, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) or None

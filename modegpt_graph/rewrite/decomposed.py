@@ -1,13 +1,13 @@
 """A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
 
-from modegpt_graph.allocate.budget import Item, removed_parameters
+from modegpt_graph.allocate.budget import TOLERANCE, Item, reachable_ratio, removed_cost
 from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.calibrate.outliers import outlier_shares
@@ -16,6 +16,7 @@ from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.budget import site_items
+from modegpt_graph.rewrite.costs import BUDGETS, Costs
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 from modegpt_graph.rewrite.ranks import block_ranks, curve_ranks, layer_ranks, outlier_ranks, site_weights
 from modegpt_graph.rewrite.recalibrated import recalibrated
@@ -28,8 +29,8 @@ class Decomposed:
     """What all ratios have in common. Nothing here is changed by asking for one.
 
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
-    items: what a rank of each site costs.   tokens: (windows, window) of the calibration text.
-    total: decoder-layer linear parameters, which every ratio is of.
+    items: parameters that a rank of each site has.   tokens: (windows, window) of the calibration text.
+    costs: what all of the model and each rank costs, in every budget.
     """
 
     dense: nn.Module
@@ -40,13 +41,18 @@ class Decomposed:
     solvers: Mapping[str, Solver]
     items: tuple[Item, ...]
     tokens: Tensor
-    total: int
+    costs: Costs
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
     @cached_property
     def weights(self) -> dict[str, float]:
         """KL divergence per unit of each site's error: measured when first asked for, then kept for all ratios."""
         return site_weights(self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress)
+
+    @property
+    def total(self) -> int:
+        """Decoder-layer linear parameters."""
+        return self.costs.totals["parameters"]
 
     @cached_property
     def blocks(self) -> tuple[tuple[Block, ...], list[float | None]]:
@@ -59,20 +65,30 @@ class Decomposed:
         """(L,) share of outliers among the weights of each layer: measured when first asked for."""
         return outlier_shares(self.dense, self.surveyed, self.tokens, self.progress)
 
-    def ranks(self, ratio: float, allocator: str = "curves", *, without: Collection[str] = ()) -> dict[str, int]:
-        """Rank of every site such that `ratio` of `total` goes. without: ids of sites that are left whole.
+    def ranks(
+        self,
+        ratio: float,
+        allocator: str = "curves",
+        *,
+        budget: str = "parameters",
+        without: Collection[str] = (),
+        tolerance: float = TOLERANCE,
+    ) -> dict[str, int]:
+        """Rank of every site such that `ratio` of what a budget counts goes; sites that cost nothing there stay whole.
 
+        without: ids of sites that are left whole too.   tolerance: how far from the ratio what goes may be.
         Raises InputError where the sites cannot give it.
         """
-        items: Sequence[Item] = [item for item in self.items if item.id not in without]
+        items = [item for item in self.costs.items(self.items, budget) if item.id not in without]
+        total, of = self.costs.totals[budget], BUDGETS[budget]
         if allocator == "curves":
-            ranks = curve_ranks(items, self.solvers, self.weights, self.total, ratio)
+            ranks = curve_ranks(items, self.solvers, self.weights, total, ratio, of, tolerance)
         elif allocator == "split-influence":
-            ranks = block_ranks(items, *self.blocks, self.observed.importance, self.total, ratio)
+            ranks = block_ranks(items, *self.blocks, self.observed.importance, total, ratio, of, tolerance)
         elif allocator == "owl":
-            ranks = outlier_ranks(items, self.outliers, self.total, ratio)
+            ranks = outlier_ranks(items, self.outliers, total, ratio, of, tolerance)
         else:
-            ranks = layer_ranks(allocator, items, self.observed.importance, self.total, ratio)
+            ranks = layer_ranks(allocator, items, self.observed.importance, total, ratio, of, tolerance)
         return {item.id: ranks.get(item.id, item.full_rank) for item in self.items}
 
     def solutions(self, ranks: Mapping[str, int]) -> dict[str, Solution]:
@@ -98,9 +114,20 @@ class Decomposed:
             self.progress,
         )
 
-    def removed(self, ranks: Mapping[str, int]) -> int:
-        """Decoder-layer linear parameters that go with these ranks."""
-        return removed_parameters(self.items, ranks)
+    def removed(self, ranks: Mapping[str, int], budget: str = "parameters") -> int:
+        """What goes with these ranks, of what a budget counts."""
+        return removed_cost(self.costs.items(self.items, budget), ranks)
+
+    def highest_ratio(self, budget: str = "parameters") -> float:
+        """The largest ratio that the sites can give."""
+        return reachable_ratio(self.costs.items(self.items, budget), self.costs.totals[budget])
+
+    def expected_divergence(self, ranks: Mapping[str, int]) -> float:
+        """Σ weight · error(rank): the KL divergence in nats per token that these ranks are expected to cause.
+
+        As if the sites' effects added up, each being linear in its error.
+        """
+        return sum(self.weights[item.id] * float(self.solvers[item.id].errors[ranks[item.id]]) for item in self.items)
 
 
 def decompose(
@@ -110,7 +137,7 @@ def decompose(
     layers: tuple[str, ...],
     observed: Calibrated,
     tokens: Tensor,
-    total: int,
+    costs: Costs,
     *,
     preset: Preset = PRESETS["default"],
     progress: Progress | None = None,
@@ -124,4 +151,4 @@ def decompose(
             statistics = observed.statistics[one.site.id]
             solvers[one.site.id] = preset.solver(one, dense.get_submodule(path), statistics, preset.recipe)
             stage.advance()
-    return Decomposed(dense, surveyed, modules, layers, observed, solvers, site_items(modules), tokens, total, progress)
+    return Decomposed(dense, surveyed, modules, layers, observed, solvers, site_items(modules), tokens, costs, progress)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modegpt_graph.decompose.numerics import energy, ratio_of
+from modegpt_graph.rewrite.bounds import Bounds, ExpertBounds
 from modegpt_graph.rewrite.solution import ExpertFit, Solution
 
 
@@ -17,6 +18,10 @@ class ExpertSolver(Protocol):
 
     def solution(self, rank: int) -> Solution:
         """The expert's matrices at `rank` features."""
+        ...
+
+    def bounds(self) -> Bounds | None:
+        """What its errors can be at most."""
         ...
 
 
@@ -46,10 +51,23 @@ class ExpertsSolver:
     def __init__(self, experts: list[Expert]) -> None:
         self._experts = experts
         sizes = torch.tensor([_size(one) for one in experts], dtype=torch.float64)
-        shares = sizes / sizes.sum() if float(sizes.sum()) > 0 else torch.full_like(sizes, 1 / len(sizes))
+        self._shares = sizes / sizes.sum() if float(sizes.sum()) > 0 else torch.full_like(sizes, 1 / len(sizes))
         self.errors = sum(
-            (share * one.solver.errors for share, one in zip(shares, experts, strict=True)),
+            (share * one.solver.errors for share, one in zip(self._shares, experts, strict=True)),
             torch.zeros_like(experts[0].solver.errors),
+        )
+
+    def bounds(self) -> Bounds | None:
+        """Those of every expert, over the tokens that it saw."""
+        bounds = tuple(filter(None, (one.solver.bounds() for one in self._experts)))
+        if len(bounds) < len(self._experts):
+            return None
+        return ExpertBounds(
+            bounds,
+            tuple(float(_energy(replace(one, gram=shrunk(one.gram)), one.weight, one.bias)) for one in self._experts),
+            tuple(share_left(one.gram) for one in self._experts),
+            tuple(_size(one) for one in self._experts),
+            self._shares,
         )
 
     def solution(self, rank: int) -> Solution:
@@ -72,18 +90,43 @@ def shrunk(gram: Tensor) -> Tensor:
     tokens keeps its matrix, one that saw none is given features of equal size that have nothing to do with each other.
     Source: Schäfer and Strimmer (2005), a shrinkage approach to large-scale covariance matrix estimation, target D.
     """
-    tokens, count = float(gram[-1, -1]), gram.shape[0] - 1
+    if not float(gram[-1, -1]):
+        return torch.eye(len(gram), dtype=gram.dtype)
+    centred = _centred(gram)
+    result = gram.clone()
+    result[:-1, :-1] -= shrinkage(gram) * (centred - torch.diag(centred.diagonal()))
+    return result
+
+
+def shrinkage(gram: Tensor) -> float:
+    """ρ of `shrunk`; 1 where no token was seen."""
+    tokens = float(gram[-1, -1])
     if not tokens:
-        return torch.eye(count + 1, dtype=gram.dtype)
-    mean = gram[:-1, -1] / tokens
-    centred = gram[:-1, :-1] - tokens * torch.outer(mean, mean)
+        return 1.0
+    centred = _centred(gram)
     diagonal = centred.diagonal().clamp_min(0)
     products = float(centred.square().sum() - centred.diagonal().square().sum())
     chance = float(diagonal.sum().square() - diagonal.square().sum()) + products
-    share = min(1.0, chance / (tokens * products)) if products > 0 else 0.0
-    result = gram.clone()
-    result[:-1, :-1] -= share * (centred - torch.diag(centred.diagonal()))
-    return result
+    return min(1.0, chance / (tokens * products)) if products > 0 else 0.0
+
+
+def share_left(gram: Tensor) -> float:
+    """An s with `shrunk(gram)` ≥ s · gram, as quadratic forms: what an error is there, it is at most 1/s times here.
+
+    With R the correlations, D the diagonal of the centred C: C ≤ ‖R‖_F D, so (1 − ρ) C + ρ D ≥ (1 − ρ + ρ/‖R‖_F) C.
+    0 where no token was seen.
+    """
+    if not float(gram[-1, -1]):
+        return 0.0
+    centred, share = _centred(gram), shrinkage(gram)
+    scale = centred.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
+    correlated = float((centred * scale[:, None] * scale).square().sum().sqrt())
+    return 1 - share + share / max(correlated, 1.0)
+
+
+def _centred(gram: Tensor) -> Tensor:
+    mean = gram[:-1, -1] / gram[-1, -1]
+    return gram[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean)
 
 
 def _size(one: Expert) -> float:

@@ -1,5 +1,7 @@
 """The paper's three algorithms to the letter, each as the solver of a site."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from modegpt_graph.decompose.numerics import energy, ratio_of
 from modegpt_graph.decompose.nystrom import consumer, refit_rows, selection_order
 from modegpt_graph.decompose.value_output import paper_value_output
 from modegpt_graph.match.modules import Placed
+from modegpt_graph.rewrite.bounds import Bounds, ColumnsBounds, ValueBounds
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import Problem, Recipe, ScoreBlocks, Solver, consumer_problem, solver
 
@@ -53,6 +56,10 @@ class PaperColumns:
         self._elimination = eliminate_in_order(gram, weight, order, ridge=0.0, total=self._total)
         self.errors = self._elimination.errors
 
+    def bounds(self) -> Bounds:
+        """Proposition 1."""
+        return ColumnsBounds(replace(self._problem, total=self._total), self._elimination)
+
     def solution(self, rank: int) -> Solution:
         """The `rank` features with the largest scores."""
         kept = self._elimination.kept(rank)
@@ -78,7 +85,14 @@ class PaperBasis:
         self._value = torch.cat([rows, bias[:, None]], 1)[members].mT  # (G, D + 1, d)
         groups, heads, size = self._layout.members[problem.role].shape
         self._output = problem.weight.view(groups, heads, size, -1)
-        self.errors = paper_value_output(inputs, self._value, self._output, size, stacked=heads == 1).errors
+        closed = paper_value_output(inputs, self._value, self._output, size, stacked=heads == 1)
+        self.errors, self._nested = closed.errors, closed.basis
+
+    def bounds(self) -> Bounds:
+        """Proposition 3, of the paper's objective."""
+        own = self._value.mT @ self._inputs.double() @ self._value  # (G, d, d)
+        grams = ((own + own.mT) / 2)[:, None].expand(-1, self._output.shape[1], -1, -1)
+        return ValueBounds(grams, self._output, self._nested)
 
     def solution(self, rank: int) -> Solution:
         """The `rank` strongest directions of every group."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.allocate.budget import Item, ranks_for_ratios
+from modegpt_graph.allocate.budget import PARAMETERS, TOLERANCE, Item, ranks_for_ratios
 from modegpt_graph.allocate.curves import allocate_by_curves
 from modegpt_graph.allocate.entropic import entropic_ratios, uniform_ratios
 from modegpt_graph.allocate.outliers import outlier_ratios
@@ -27,14 +27,20 @@ PROBE_RANK = 0.5  # share of the features that a site keeps while it is weighed
 
 
 def layer_ranks(
-    allocator: str, items: Sequence[Item], importance: Tensor, total_parameters: int, ratio: float
+    allocator: str,
+    items: Sequence[Item],
+    importance: Tensor,
+    total: int,
+    ratio: float,
+    of: str = PARAMETERS,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
     """Ranks by a ratio per layer: `uniform`, or `block-influence` with the entropic closed form."""
     if allocator == "uniform":
         ratios = uniform_ratios(len(importance), ratio)
     else:
         ratios = entropic_ratios(importance, ratio, TEMPERATURE)
-    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total_parameters, ratio)
+    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total, ratio, of, tolerance=tolerance)
 
 
 def block_ranks(
@@ -42,8 +48,10 @@ def block_ranks(
     blocks: Sequence[Block],
     influence: Sequence[float | None],
     importance: Tensor,
-    total_parameters: int,
+    total: int,
     ratio: float,
+    of: str = PARAMETERS,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
     """`split-influence`: attention and MLP of a layer are scored apart, each weighing what its sites' parameters do.
 
@@ -61,25 +69,34 @@ def block_ranks(
         sizes[places[item.id]] += item.removed(0)
     ratios = entropic_ratios(torch.tensor(scores), ratio, TEMPERATURE, weights=sizes)
     moved = [replace(item, layer=places[item.id]) for item in own]
-    return ranks_for_ratios(moved, dict(enumerate(ratios.tolist())), total_parameters, ratio)
+    return ranks_for_ratios(moved, dict(enumerate(ratios.tolist())), total, ratio, of, tolerance=tolerance)
 
 
-def outlier_ranks(items: Sequence[Item], shares: Tensor, total_parameters: int, ratio: float) -> dict[str, int]:
+def outlier_ranks(
+    items: Sequence[Item],
+    shares: Tensor,
+    total: int,
+    ratio: float,
+    of: str = PARAMETERS,
+    tolerance: float = TOLERANCE,
+) -> dict[str, int]:
     """`owl`: layers with more outliers keep more."""
     ratios = outlier_ratios(shares, ratio)
-    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total_parameters, ratio)
+    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total, ratio, of, tolerance=tolerance)
 
 
 def curve_ranks(
     items: Sequence[Item],
     solvers: Mapping[str, Solver],
     weights: Mapping[str, float],
-    total_parameters: int,
+    total: int,
     ratio: float,
+    of: str = PARAMETERS,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
     """Ranks that minimise the summed KL divergence that the sites' errors are expected to cause."""
     curves = {site: one.errors for site, one in solvers.items()}
-    return allocate_by_curves(items, curves, weights, total_parameters, ratio)
+    return allocate_by_curves(items, curves, weights, total, ratio, of, tolerance=tolerance)
 
 
 def site_weights(
@@ -103,7 +120,7 @@ def site_weights(
     patterns = {placed.site.id: placed.site.pattern for one in modules for placed in one.placed}
     kinds: dict[tuple[str, int, int], list[Item]] = {}
     for item in items:
-        kinds.setdefault((patterns[item.id], item.full_rank, item.parameters_per_rank), []).append(item)
+        kinds.setdefault((patterns[item.id], item.full_rank, item.cost_per_rank), []).append(item)
     divergences: dict[str, float] = {}
     errors: dict[str, float] = {}
 

@@ -21,6 +21,14 @@ from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.match.modules import Placed
 from modegpt_graph.rewrite.approximate_norm import ApproximateScoreBlocks
+from modegpt_graph.rewrite.bounds import (
+    BasisBounds,
+    Bounds,
+    ColumnsBounds,
+    HeadColumnsBounds,
+    ScoreBasisBounds,
+    ScoreBlocksBounds,
+)
 from modegpt_graph.rewrite.experts import Expert, ExpertsSolver, shrunk
 from modegpt_graph.rewrite.solution import Solution, taken
 from modegpt_graph.trace.linear import Linear
@@ -51,6 +59,10 @@ class Solver(Protocol):
 
     def solution(self, rank: int) -> Solution:
         """The site's matrices at `rank` features a group."""
+        ...
+
+    def bounds(self) -> Bounds | None:
+        """What its errors can be at most; None where no proposition fits the site."""
         ...
 
 
@@ -152,7 +164,13 @@ class ConsumerBasis:
         blocks = torch.arange(groups * heads * size).view(groups, heads, size)
         self._grams = problem.gram[blocks[..., :, None], blocks[..., None, :]]
         self._output = problem.weight.view(groups, heads, size, -1)
-        self.errors = value_output_svd(self._grams, self._output, size, sweeps=0).errors
+        self._closed = value_output_svd(self._grams, self._output, size, sweeps=0)
+        self.errors = self._closed.errors
+
+    def bounds(self) -> Bounds:
+        """Proposition 3."""
+        seen = consumer(self._problem.gram, self._problem.weight, self._problem.bias)
+        return BasisBounds(seen, self._grams, self._output, self._closed.basis, self._recipe.ridge)
 
     def solution(self, rank: int) -> Solution:
         """A basis of `rank` directions for every group."""
@@ -185,6 +203,10 @@ class ConsumerColumns:
             )
         self.errors = self._elimination.errors
 
+    def bounds(self) -> Bounds:
+        """Proposition 1."""
+        return ColumnsBounds(self._problem, self._elimination)
+
     def solution(self, rank: int) -> Solution:
         """The `rank` features that are eliminated last."""
         kept = self._elimination.kept(rank)
@@ -205,6 +227,11 @@ class ConsumerHeadColumns:
         left = scores.sum() - torch.cat([scores.new_zeros(1), scores.sum(0).cumsum(0)])
         self.errors = left.clamp_min(0) / scores.sum()
 
+    def bounds(self) -> Bounds:
+        """Proposition 1."""
+        seen = consumer(self._problem.gram, self._problem.weight, self._problem.bias)
+        return HeadColumnsBounds(seen, self._blocks, self._recipe.ridge)
+
     def solution(self, rank: int) -> Solution:
         """The `rank` strongest features of every group."""
         problem, blocks = self._problem, self._blocks
@@ -221,6 +248,10 @@ class ScoreBasis:
     def __init__(self, placed: Placed, statistics: ScoreStatistics) -> None:
         self._placed, self._statistics = placed, statistics
         self.errors = query_key_svd(statistics.queries, statistics.keys, statistics.keys.shape[-1]).errors
+
+    def bounds(self) -> Bounds:
+        """Proposition 3."""
+        return ScoreBasisBounds(self._statistics.queries, self._statistics.keys)
 
     def solution(self, rank: int) -> Solution:
         """The `rank` strongest directions of every group."""
@@ -243,6 +274,11 @@ class ScoreBlocks:
         self._blocks = canonical_blocks(layout)
         self._curve = cr_curve(self._queries, self._keys, self._blocks, score=recipe.score, scale=recipe.scale)
         self.errors = torch.tensor([self._curve.error_at(rank) for rank in range(layout.size + 1)], dtype=torch.float64)
+
+    def bounds(self) -> Bounds:
+        """Proposition 2."""
+        recipe = self._recipe
+        return ScoreBlocksBounds(self._queries, self._keys, self._blocks, self._curve, recipe.score, recipe.scale)
 
     def solution(self, rank: int) -> Solution:
         """Blocks of every kind that make up `rank` features, at least one of each kind."""

@@ -1,6 +1,6 @@
 import pytest
 
-from modegpt_graph.allocate.budget import Item, ranks_for_ratios, reachable_ratio, removed_parameters
+from modegpt_graph.allocate.budget import Item, ranks_for_ratios, reachable_ratio, removed_cost
 from modegpt_graph.errors import InputError
 
 
@@ -11,7 +11,7 @@ def decoder(layers: int = 30, intermediate: int = 1536, hidden: int = 576, pairs
         items.append(Item(f"{layer}.mlp", layer, intermediate, 3 * hidden))
         items.append(Item(f"{layer}.qk", layer, pairs, 2 * 12 * hidden))
         items.append(Item(f"{layer}.vo", layer, values, 12 * hidden))
-    covered = sum(item.full_rank * item.parameters_per_rank for item in items)
+    covered = sum(item.full_rank * item.cost_per_rank for item in items)
     return items, covered
 
 
@@ -22,14 +22,14 @@ def test_the_budget_is_met_within_half_a_point(ratio, size, uncovered):
     items, covered = decoder(**size)
     total = int(covered / (1 - uncovered))
     ranks = ranks_for_ratios(items, {item.layer: ratio for item in items}, total, ratio)
-    assert removed_parameters(items, ranks) / total == pytest.approx(ratio, abs=0.005)
+    assert removed_cost(items, ranks) / total == pytest.approx(ratio, abs=0.005)
     assert all(item.minimum <= ranks[item.id] <= item.full_rank for item in items)
 
 
 def test_on_a_real_size_the_budget_is_met_to_the_finest_step():
     items, total = decoder()
     ranks = ranks_for_ratios(items, {item.layer: 0.3 for item in items}, total, 0.3)
-    assert abs(removed_parameters(items, ranks) - 0.3 * total) <= min(item.parameters_per_rank for item in items) / 2
+    assert abs(removed_cost(items, ranks) - 0.3 * total) <= min(item.cost_per_rank for item in items) / 2
 
 
 def test_layers_keep_their_shares():
@@ -44,7 +44,7 @@ def test_layers_keep_their_shares():
 def test_what_is_in_no_item_is_made_up_for_by_the_items():
     items, covered = decoder()
     ranks = ranks_for_ratios(items, {item.layer: 0.3 for item in items}, 2 * covered, 0.3)
-    assert removed_parameters(items, ranks) / covered == pytest.approx(0.6, abs=0.001)
+    assert removed_cost(items, ranks) / covered == pytest.approx(0.6, abs=0.001)
 
 
 def test_items_at_their_minimum_pass_the_rest_on():
@@ -57,7 +57,7 @@ def test_multiples_and_minima_are_kept():
     items = [Item(str(layer), layer, 100, 7, minimum=9, multiple=8) for layer in range(50)]
     ranks = ranks_for_ratios(items, dict.fromkeys(range(50), 0.37), 35000, 0.37)
     assert all(rank == 100 or (rank % 8 == 0 and rank >= 16) for rank in ranks.values())
-    assert removed_parameters(items, ranks) / 35000 == pytest.approx(0.37, abs=0.005)
+    assert removed_cost(items, ranks) / 35000 == pytest.approx(0.37, abs=0.005)
 
 
 @pytest.mark.parametrize("percent", [5, 9, 31, 45, 55, 91])
@@ -66,7 +66,7 @@ def test_steps_of_two_sizes_make_a_finer_one(percent):
     items = [Item("coarse", 0, 20, 50, minimum=0), Item("fine", 1, 30, 30, minimum=0)]
     ratio = percent / 100
     ranks = ranks_for_ratios(items, {0: ratio, 1: ratio}, 1900, ratio)
-    assert abs(removed_parameters(items, ranks) - 19 * percent) <= 9.5
+    assert abs(removed_cost(items, ranks) - 19 * percent) <= 9.5
 
 
 def test_an_unreachable_ratio_names_the_largest_reachable_one():

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from modegpt_graph.allocate.budget import Item, ranks_for_ratios, removed_parameters
+from modegpt_graph.allocate.budget import Item, ranks_for_ratios, removed_cost
 from modegpt_graph.allocate.curves import allocate_by_curves, weighted_error
 from modegpt_graph.errors import InputError
 
@@ -19,7 +19,7 @@ def test_convex_curves_give_the_best_of_all_allocations():
     weights = {"a": 1.0, "b": 0.5, "c": 2.0}
     for removed in range(0, 19):
         ranks = allocate_by_curves(items, curves, weights, 180, removed / 18 if removed < 18 else 0.99999)
-        assert removed_parameters(items, ranks) == removed * 10
+        assert removed_cost(items, ranks) == removed * 10
         best = min(
             weighted_error(items, curves, weights, dict(zip("abc", choice, strict=True)))
             for choice in itertools.product(range(7), repeat=3)
@@ -36,7 +36,7 @@ def test_the_budget_is_met_with_steps_of_many_sizes_and_it_beats_uniform():
             Item(f"{layer}.b", layer, 16, 900),
             Item(f"{layer}.c", layer, 32, 450),
         ]
-    total = sum(item.full_rank * item.parameters_per_rank for item in items)
+    total = sum(item.full_rank * item.cost_per_rank for item in items)
     draw = torch.Generator().manual_seed(0)
     curves, weights = {}, {}
     for item in items:
@@ -47,7 +47,7 @@ def test_the_budget_is_met_with_steps_of_many_sizes_and_it_beats_uniform():
         weights[item.id] = float(torch.rand(1, generator=draw))
     for ratio in (0.1, 0.3, 0.5, 0.8):
         ranks = allocate_by_curves(items, curves, weights, total, ratio)
-        assert removed_parameters(items, ranks) / total == pytest.approx(ratio, abs=0.005)
+        assert removed_cost(items, ranks) / total == pytest.approx(ratio, abs=0.005)
         uniform = ranks_for_ratios(items, {item.layer: ratio for item in items}, total, ratio)
         assert weighted_error(items, curves, weights, ranks) < weighted_error(items, curves, weights, uniform)
 

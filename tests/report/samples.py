@@ -1,7 +1,7 @@
 """Analyses and outcomes to draw: of the shape of real models, with the values a test needs to look for."""
 
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, Unmatched
-from modegpt_graph.report.outcome import CompressionOutcome, Ratios, SiteOutcome
+from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, SiteOutcome
 
 BOTH = Certificate("both", 2.2e-16, True)
 
@@ -126,8 +126,18 @@ def outcome(of: Analysis, **changed) -> CompressionOutcome:
             step = 2 if site.pattern == "query-key" else 1
             kept = 0.45 + 0.5 * ((site.layer or 0) % 30 / 30)
             rank = max(step, round(site.full_rank * kept) // step * step)
+            error, after = (1 - kept) ** 2 / 4, int(2_654_208 * kept)
             sites.append(
-                SiteOutcome(site.id, rank, site.full_rank, (1 - kept) ** 2 / 4, 2_654_208, int(2_654_208 * kept))
+                SiteOutcome(
+                    site.id,
+                    rank,
+                    site.full_rank,
+                    error,
+                    2_654_208,
+                    after,
+                    bound=3 * error,
+                    curve=(BoundPoint(site.full_rank // 2, 0.06, 0.3), BoundPoint(site.full_rank * 3 // 4, 0.01, 0.1)),
+                )
             )
     values = {
         "ratio": 0.3,

@@ -68,6 +68,9 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
         "parameters_before",
         "parameters_after",
         "tokens",
+        "bound",
+        "bound_holds",
+        "bound_curve",
     }
     assert set(value) - set(SITE) == added
     assert value["tokens"] is None

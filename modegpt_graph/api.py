@@ -101,6 +101,7 @@ def compress(
     dtype: str = "float32",
     approximate_norm: bool = False,
     context: int = CONTEXT,
+    cache: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Result:
@@ -118,6 +119,8 @@ def compress(
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
     which costs two to three more passes over the calibration text, for each ratio that a search tries; as the preset
     has it where None.
+    cache: whether what calibration found in an earlier run of the same model, text and code is used again, and long
+    work is kept for later runs.
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, a goal that cannot be met, unknown
     models, missing text.
     """
@@ -139,6 +142,7 @@ def compress(
         preset=preset,
         recalibrate=recalibrate,
         context=context,
+        cache=cache,
         progress=progress,
     )
     if max_perplexity_increase is not None:

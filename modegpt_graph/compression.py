@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
+from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.calibrate.store import Store, run_key
 from modegpt_graph.calibrate.text import Calibration, held_out_windows
 from modegpt_graph.errors import InputError, ModegptError
 from modegpt_graph.evaluate import compare
@@ -181,7 +183,10 @@ class Prepared:
             with clock("compare"), progress.stage("compare with exact norms"):
                 said = self._approximation(ratio, allocator, budget, solutions, outcome.kl)
             outcome = replace(outcome, approximation=said)
-        report = Report(self.surveyed.survey.analysis, replace(outcome, seconds=clock.seconds, search=search))
+        report = Report(
+            self.surveyed.survey.analysis,
+            replace(outcome, seconds=clock.seconds, search=search, reused=tuple(decomposed.memory.said)),
+        )
         return Result(smaller, report, self.source, built.rewritten, solutions, self.surveyed, self.tokenizer)
 
     def _approximation(
@@ -229,13 +234,15 @@ def prepare(
     preset: str = "default",
     recalibrate: bool | None = None,
     context: int = CONTEXT,
+    cache: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Read, analyse, calibrate and decompose a model.
 
     windows, window: of calibration text.   evaluating: whether windows of it are held out.   of_tokens: whether some
     are held out of token ids too.   context: tokens that a token attends to where multiply-adds are counted.
-    recalibrate: whether results are recalibrated; as the preset has it where None.   Raises as `compress`.
+    recalibrate: whether results are recalibrated; as the preset has it where None.   cache: whether what calibration
+    finds is taken from an earlier run, and kept for later ones.   Raises as `compress`.
     """
     progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
     with clock("load"), progress.stage("load the model"):
@@ -258,13 +265,29 @@ def prepare(
         modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
+    sites = [placed.site.id for one in modules for placed in one.placed]
     with clock("calibrate"):
-        observed = calibrate(dense, modules, layers, text.tokens, progress, value_inputs=chosen.value_inputs)
+        memory = Memory()
+        if cache:
+            told = (sites, chosen.value_inputs, approximate_norm, dtype)
+            memory = Memory(Store.default(), run_key(dense, str(surveyed.trace.graph), text.tokens, *told))
+        observed = memory.calibrated(
+            sites, lambda: calibrate(dense, modules, layers, text.tokens, progress, value_inputs=chosen.value_inputs)
+        )
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
         costs = count_costs(dense, modules, surveyed.trace, total, context)
         decomposed = decompose(
-            dense, surveyed, modules, layers, observed, text.tokens, costs, preset=chosen, progress=progress
+            dense,
+            surveyed,
+            modules,
+            layers,
+            observed,
+            text.tokens,
+            costs,
+            preset=chosen,
+            memory=memory,
+            progress=progress,
         )
     again = chosen.recalibrates if recalibrate is None else recalibrate
     return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, again, clock, progress)

@@ -159,6 +159,14 @@ def compress(
         int, typer.Option("--seed", metavar="N", rich_help_panel=METHOD, help="Same seed, same result.")
     ] = 0,
     patterns: options.Patterns = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option(
+            "--no-cache",
+            rich_help_panel=CALIBRATION,
+            help="Neither use what calibration found in an earlier run nor keep it for the next.",
+        ),
+    ] = False,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure perplexity and KL afterwards.")] = False,
     json_file: options.JsonFile = None,
     html_file: options.HtmlFile = None,
@@ -205,6 +213,7 @@ def compress(
             target_size=target_size,
             budget=budget.value,
             context=context,
+            cache=not no_cache,
             calibration=calibration,
             preset=preset.value,
             recalibrate=recalibrate,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modegpt_graph.allocate.budget import TOLERANCE, Item, reachable_ratio, removed_cost
 from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
+from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.calibrate.outliers import outlier_shares
 from modegpt_graph.match.modules import SiteModule
@@ -30,7 +31,8 @@ class Decomposed:
 
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
     items: parameters that a rank of each site has.   tokens: (windows, window) of the calibration text.
-    costs: what all of the model and each rank costs, in every budget.
+    costs: what all of the model and each rank costs, in every budget.   how: the algorithms that errors are of.
+    memory: what earlier runs found.
     """
 
     dense: nn.Module
@@ -42,12 +44,20 @@ class Decomposed:
     items: tuple[Item, ...]
     tokens: Tensor
     costs: Costs
+    how: str = ""
+    memory: Memory = field(default_factory=Memory, repr=False)
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
     @cached_property
     def weights(self) -> dict[str, float]:
         """KL divergence per unit of each site's error: measured when first asked for, then kept for all ratios."""
-        return site_weights(self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress)
+
+        def measure() -> dict[str, float]:
+            return site_weights(
+                self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress
+            )
+
+        return self.memory.weights([item.id for item in self.items], self.how, measure)
 
     @property
     def total(self) -> int:
@@ -140,6 +150,7 @@ def decompose(
     costs: Costs,
     *,
     preset: Preset = PRESETS["default"],
+    memory: Memory | None = None,
     progress: Progress | None = None,
 ) -> Decomposed:
     """Every site's solver, by the preset's algorithms, from what was observed on the calibration tokens."""
@@ -151,4 +162,17 @@ def decompose(
             statistics = observed.statistics[one.site.id]
             solvers[one.site.id] = preset.solver(one, dense.get_submodule(path), statistics, preset.recipe)
             stage.advance()
-    return Decomposed(dense, surveyed, modules, layers, observed, solvers, site_items(modules), tokens, costs, progress)
+    return Decomposed(
+        dense,
+        surveyed,
+        modules,
+        layers,
+        observed,
+        solvers,
+        site_items(modules),
+        tokens,
+        costs,
+        how=f"{preset.recipe} {preset.solver.__name__}",
+        memory=memory or Memory(),
+        progress=progress,
+    )

@@ -16,7 +16,7 @@ def change_rows(outcome: CompressionOutcome) -> list[Row]:
     rows = [_shrink("parameters", o.parameters_before, o.parameters_after, words.count)]
     if (matrices := of.get("parameters")) is not None:
         rows.append(_shrink("in decoder-layer matrices", matrices.before, matrices.after, words.count))
-    rows.append(_shrink("bytes of weights", o.bytes_before, o.bytes_after, words.byte_count))
+    rows.append(_shrink("bytes on disk", o.bytes_before, o.bytes_after, words.byte_count))
     if (products := of.get("multiply-adds")) is not None:
         rows.append(_shrink(f"multiply-adds per token{context}", products.before, products.after, words.count))
     cache = of.get("kv-cache")

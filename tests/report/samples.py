@@ -1,9 +1,10 @@
 """Analyses and outcomes to draw: of the shape of real models, with the values a test needs to look for."""
 
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, Unmatched
-from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, SiteOutcome
+from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, Search, SiteOutcome, Try
 
 BOTH = Certificate("both", 2.2e-16, True)
+SEARCH = Search("max_perplexity_increase", 1.0, (Try(0.4, 0.9, 1.4), Try(0.3, 0.95, 0.9888)))
 
 
 def mlp(layer: int, **changed) -> Site:
@@ -158,5 +159,15 @@ def outcome(of: Analysis, **changed) -> CompressionOutcome:
         "perplexity_compressed": 35.38,
         "kl": 0.7123,
         "evaluation": "10 windows of 2,048 of wikitext2 (test)",
+        "budget": "parameters",
+        "reductions": {
+            "parameters": Reduction(106_168_320, 74_317_824),
+            "bytes": Reduction(538_060_032, 410_488_000),
+            "multiply-adds": Reduction(205_228_800, 150_000_000),
+            "kv-cache": Reduction(46_080, 33_120),
+        },
+        "context": 2048,
+        "counted": "Multiply-adds are of one token.",
+        "reused": ("Statistics of the calibration text: from an earlier run, which took 61 s for it.",),
     }
     return CompressionOutcome(**(values | changed))

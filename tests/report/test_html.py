@@ -83,7 +83,7 @@ def test_every_layer_is_there_to_be_unfolded(samples):
 def test_ranks_are_a_chart_with_a_bar_for_each_layer(samples):
     analysis = samples.analysis(layers=7)
     page = to_html(analysis, samples.outcome(analysis))
-    assert page.count("<svg") == 3
+    assert page.count('<svg class="ranks"') == 3
     assert page.count('class="kept"') == 21
     assert "layer 3: 768 of 1,536 kept (50%), relative error 0.06250" in page
     assert "<svg" not in to_html(analysis)

@@ -57,7 +57,7 @@ def test_what_is_refused_or_unmatched_is_null_and_named(samples):
 
 def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
     analysis = samples.normed(layers=1)
-    report = to_json(analysis, samples.outcome(analysis))
+    report = to_json(analysis, samples.outcome(analysis, search=samples.SEARCH))
     refused, value = report["sites"][:2]
     added = {
         "layer",
@@ -93,6 +93,30 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
         "kl": 0.7123,
         "evaluation": "10 windows of 2,048 of wikitext2 (test)",
         "approximation": None,
+        "budget": "parameters",
+        "reductions": {
+            "parameters": {"before": 106_168_320, "after": 74_317_824, "reduction": pytest.approx(0.3)},
+            "bytes": {"before": 538_060_032, "after": 410_488_000, "reduction": pytest.approx(0.2371, abs=1e-4)},
+            "multiply_adds": {
+                "before": 205_228_800,
+                "after": 150_000_000,
+                "reduction": pytest.approx(0.2691, abs=1e-4),
+            },
+            "kv_cache": {"before": 46_080, "after": 33_120, "reduction": pytest.approx(0.28125)},
+        },
+        "context": 2048,
+        "counted": "Multiply-adds are of one token.",
+        "search": {
+            "goal": "max_perplexity_increase",
+            "limit": 1.0,
+            "predicted": 0.95,
+            "measured": 0.9888,
+            "tries": [
+                {"ratio": 0.4, "predicted": 0.9, "measured": 1.4},
+                {"ratio": 0.3, "predicted": 0.95, "measured": 0.9888},
+            ],
+        },
+        "reused": ["Statistics of the calibration text: from an earlier run, which took 61 s for it."],
     }
 
 
@@ -109,7 +133,7 @@ def test_what_was_not_measured_is_null(samples):
 @pytest.mark.parametrize("name", ["analysis", "normed"])
 def test_a_written_report_reads_back_as_it_was(samples, name):
     analysis = getattr(samples, name)(layers=3)
-    outcome = samples.outcome(analysis)
+    outcome = samples.outcome(analysis, search=samples.SEARCH)
     assert from_json(json.loads(json.dumps(to_json(analysis, outcome)))) == (analysis, outcome)
 
 

@@ -63,6 +63,23 @@ def _one_line(error: Exception) -> str:
     return said if isinstance(error, ModegptError) else f"{type(error).__name__}: {said}"
 
 
+def _share_surveys() -> None:
+    """The steps that are given the same model in this process share its trace: that is most of their time."""
+    from modegpt_graph import api, compression
+    from modegpt_graph.match import prepare
+
+    known: dict[tuple[object, ...], tuple[Any, Any]] = {}
+
+    def survey_model(source: Any, patterns: Any, *rest: Any, **options: Any) -> Any:
+        key = (id(source.module), tuple(pattern.name for pattern in patterns), str(options))
+        if source.module is None or key not in known:
+            known[key] = source.module, prepare.survey_model(source, patterns, *rest, **options)
+        return known[key][1]
+
+    for room in (api, compression):
+        vars(room)["survey_model"] = survey_model
+
+
 def _build(row: Row) -> None:
     from tiny import tiny_model
 
@@ -72,7 +89,8 @@ def _build(row: Row) -> None:
 
 
 def _analyze(row: Row) -> None:
-    from modegpt_graph.match.prepare import read_patterns, survey_model
+    from modegpt_graph.api import survey_model
+    from modegpt_graph.match.prepare import read_patterns
     from modegpt_graph.models import resolve
 
     surveyed = survey_model(resolve(row["_"]["model"]), read_patterns())
@@ -163,6 +181,7 @@ def _in_child(kind: str, analyze_only: bool, connection: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
+    _share_surveys()
     connection.send(examine(kind, analyze_only=analyze_only))
     connection.close()
 
@@ -289,7 +308,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="types to examine; all by default")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "coverage.json")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--limit", type=float, default=180, help="seconds for one type")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one type")
     parser.add_argument("--minutes", type=float, default=60, help="begin no type after this time")
     parser.add_argument("--analyze-only", action="store_true")
     parser.add_argument("--readme", type=Path)

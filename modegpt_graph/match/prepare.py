@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ class Surveyed:
     approximate_norm: bool = False
 
     def modules(self) -> tuple[SiteModule, ...]:
-        """The smallest module of every site that can be decomposed, traced as the model calls it."""
+        """The smallest module of every site that can be decomposed, traced as the model calls it; traced once."""
+        return self._modules
+
+    @cached_property
+    def _modules(self) -> tuple[SiteModule, ...]:
         return site_modules(self.skeleton, self.survey, self.patterns, self.example_inputs)
 
 

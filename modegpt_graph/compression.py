@@ -1,5 +1,6 @@
 """A model read, analysed, calibrated and decomposed once, from which a result at any ratio follows."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from modegpt_graph.report.approximation import approximation_said
 from modegpt_graph.report.measure import Built, measure
 from modegpt_graph.report.outcome import CompressionOutcome, Search
 from modegpt_graph.report.schema import to_json
+from modegpt_graph.report.words import plural
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.costs import BUDGETS, CONTEXT, count_costs
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
@@ -184,7 +186,7 @@ class Prepared:
                 said = self._approximation(ratio, allocator, budget, solutions, outcome.kl)
             outcome = replace(outcome, approximation=said)
         report = Report(
-            self.surveyed.survey.analysis,
+            self.surveyed.analysis,
             replace(outcome, seconds=clock.seconds, search=search, reused=tuple(decomposed.memory.said)),
         )
         return Result(smaller, report, self.source, built.rewritten, solutions, self.surveyed, self.tokenizer)
@@ -263,6 +265,8 @@ def prepare(
     with clock("analyze"):
         surveyed = survey_model(source, read_patterns(patterns), progress, approximate_norm=approximate_norm)
         modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
+    for reason, count in Counter(surveyed.left.values()).items():
+        progress.note(f"{plural(count, 'site')} left: {reason}")
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     sites = [placed.site.id for one in modules for placed in one.placed]

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from modegpt_graph.codegen.emit import emit
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import Flow, follow
 from modegpt_graph.flow.layout import LayoutError
-from modegpt_graph.flow.shrink import Selection, shrink
+from modegpt_graph.flow.shrink import Edits, Selection, shrink
+from modegpt_graph.match.alike import relative, shape_of_call, structures
 from modegpt_graph.match.analyse import Survey
 from modegpt_graph.match.decoder import common_path
 from modegpt_graph.match.footprint import Footprint, locate, outline, starts_of
@@ -22,8 +23,7 @@ from modegpt_graph.trace.calls import Call, record_calls
 from modegpt_graph.trace.export import Trace, export
 from modegpt_graph.trace.graph import Graph, normalise
 from modegpt_graph.trace.linear import Linear
-from modegpt_graph.trace.opaque import AttentionCall, CacheCall
-from modegpt_graph.trace.operations import operation
+from modegpt_graph.trace.opaque import CacheCall
 
 
 @dataclass(frozen=True)
@@ -52,38 +52,57 @@ class SiteModule:
     flow: Flow
 
 
+@dataclass(frozen=True)
+class Found:
+    """modules: those in which sites can be observed and rewritten.
+
+    left: id of every other site → why its module cannot be written anew.
+    """
+
+    modules: tuple[SiteModule, ...]
+    left: Mapping[str, str]
+
+
 def site_modules(
     skeleton: nn.Module, survey: Survey, patterns: Sequence[Pattern], example_inputs: tuple | None = None
-) -> tuple[SiteModule, ...]:
+) -> Found:
     """Trace the smallest module of every site that can be decomposed, once for all modules that look alike.
 
     skeleton: the model on the meta device.
     A module whose forward method is written anew runs what is within it as it was traced: modules within it that are
     written anew too are one with it, and so are those that change rows of the same matrix.
-    Raises ModegptError where a site of the whole model is not found again in its module.
     """
     groups: dict[str, list[Site]] = {}
     for one in survey.located:
         if one.site.decomposition is not None:
             groups.setdefault(_module_of(one.site), []).append(one.site)
     if not groups:
-        return ()
+        return Found((), {})
     tracer = _Tracer(skeleton, survey, patterns, record_calls(skeleton, groups, example_inputs))
     order = {one.site.id: number for number, one in enumerate(survey.located)}
-    modules: dict[str, SiteModule] = {}
+    modules: dict[str, SiteModule | None] = {}
+    left: dict[str, str] = {}
     for path in sorted(groups, key=lambda path: path.count(".") + bool(path)):  # the outer ones first
         if path not in groups:
             continue
         within = [other for other in groups if other != path and (not path or other.startswith(f"{path}."))]
-        sites = groups[path]
-        while joined := [other for other in within if _parameters(sites) & _parameters(groups.get(other, ()))]:
-            sites = [*sites, *(site for other in joined for site in groups.pop(other))]
-        if any(other in groups for other in within) and tracer.is_written_anew(path, sites):
-            anew = [other for other in within if other in groups and tracer.is_written_anew(other, groups[other])]
-            sites = [*sites, *(site for other in anew for site in groups.pop(other))]
-        groups[path] = sorted(sites, key=lambda site: order[site.id])
-        modules[path] = tracer.traced(path, groups[path])
-    return tuple(modules[path] for path in groups)
+        sites, joined = list(groups[path]), [path]
+        while more := [o for o in within if o not in joined and _parameters(sites) & _parameters(groups[o])]:
+            sites += [site for other in more for site in groups[other]]
+            joined += more
+        alone = joined
+        if len(joined) <= len(within) and tracer.is_written_anew(path, sites):
+            joined = alone + [o for o in within if o not in alone and tracer.is_written_anew(o, groups[o])]
+            sites += [site for other in joined if other not in alone for site in groups[other]]
+        found, reasons = tracer.traced(path, sorted(sites, key=lambda site: order[site.id]))
+        if found is None and joined != alone:  # what is within it can still be written anew where it is not
+            own = {site.id for other in alone for site in groups[other]}
+            joined, reasons = alone, {site: reason for site, reason in reasons.items() if site in own}
+        modules[path] = found
+        left |= reasons
+        for other in joined[1:]:
+            del groups[other]
+    return Found(tuple(one for path in groups if (one := modules[path]) is not None), left)
 
 
 class _Tracer:
@@ -93,45 +112,94 @@ class _Tracer:
         self, skeleton: nn.Module, survey: Survey, patterns: Sequence[Pattern], calls: Mapping[str, Call]
     ) -> None:
         self._skeleton, self._patterns, self._calls = skeleton, patterns, calls
-        self._structures = _structures(survey.located[0].outline.graph, calls)
-        self._known: dict[object, SiteModule] = {}
+        self._structures = structures(survey.located[0].outline.graph, calls)
+        self._known: dict[object, tuple[SiteModule | None, dict[int, str]]] = {}
         self._anew: dict[object, bool] = {}
 
-    def traced(self, path: str, sites: Sequence[Site]) -> SiteModule:
-        """A module with its sites in it."""
+    def traced(self, path: str, sites: Sequence[Site]) -> tuple[SiteModule | None, dict[str, str]]:
+        """A module with its sites in it, None where that is none of them; site id → why it is not in it."""
+        if path not in self._calls:
+            reason = "the model never calls its module as it is: it cannot be traced on its own"
+            return None, dict.fromkeys((site.id for site in sites), reason)
         module, call, key = self._skeleton.get_submodule(path), self._calls[path], self._key(path, sites)
         if key not in self._known:
-            self._known[key] = _trace_module(path, module, call, sites, self._patterns)
-        return _moved(self._known[key], path, module, call, sites)
+            self._known[key] = _examined(path, module, call, sites, self._patterns)
+        known, reasons = self._known[key]
+        left = {sites[number].id: reason for number, reason in reasons.items()}
+        placed = [site for number, site in enumerate(sites) if number not in reasons]
+        return None if known is None else _moved(known, path, module, call, placed), left
 
     def is_written_anew(self, path: str, sites: Sequence[Site]) -> bool:
         """Whether a module needs another forward method, to be observed or for fewer features."""
-        key = self._key(path, sites)
+        key = self._key(path, sites) if path in self._calls else None
         if key not in self._anew:
-            self._anew[key] = _is_written_anew(self.traced(path, sites))
+            found, _ = self.traced(path, sites)
+            self._anew[key] = found is not None and _is_written_anew(found, _halved(found))
         return self._anew[key]
 
     def _key(self, path: str, sites: Sequence[Site]) -> object:
         kind = type(self._skeleton.get_submodule(path))
-        relative = tuple(_relative(path, site) for site in sites)
-        return self._structures[path], kind, _shape_of(self._calls[path]), relative
+        return self._structures[path], kind, shape_of_call(self._calls[path]), tuple(relative(path, s) for s in sites)
 
 
 def _parameters(sites: Sequence[Site]) -> set[str]:
     return {role.parameter for site in sites for role in site.roles.values()}
 
 
-def _is_written_anew(one: SiteModule) -> bool:
-    if any(placed.site.is_approximated or observed_input(one, placed.footprint) is None for placed in one.placed):
-        return True
+def _examined(
+    path: str, module: nn.Module, call: Call, sites: Sequence[Site], patterns: Sequence[Pattern]
+) -> tuple[SiteModule | None, dict[int, str]]:
+    """A module with those of its sites that can be observed and rewritten in it; number of another → why not."""
+    try:
+        trace = export(module, call)
+        graph = normalise(trace)
+        found = _footprints(path, graph, sites, patterns)
+    except ModegptError as error:
+        return None, dict.fromkeys(range(len(sites)), f"its module cannot be traced on its own: {error}")
+    reasons, placed = {}, {}
+    for number, site in enumerate(sites):
+        footprint = found.get(_matrices(path, site))
+        if footprint is None:
+            reasons[number] = "it is found in the whole model, but not in its module on its own"
+        else:
+            placed[number] = Placed(site, footprint)
+    if _obstacle(path, graph, placed.values()) is not None:
+        alone = {number: _obstacle(path, graph, [one]) for number, one in placed.items()}
+        reasons |= {number: obstacle for number, obstacle in alone.items() if obstacle is not None}
+        placed = {number: one for number, one in placed.items() if number not in reasons}
+        obstacle = _obstacle(path, graph, placed.values())
+        if obstacle is not None:
+            return None, reasons | dict.fromkeys(placed, obstacle)
+    return (_assembled(path, graph, placed.values()) if placed else None), reasons
+
+
+def _obstacle(path: str, graph: Graph, placed: Iterable[Placed]) -> str | None:
+    """Why a module cannot be written anew for fewer features of some sites; None where it can."""
+    try:
+        one = _assembled(path, graph, placed)
+        edits = _halved(one)
+        if _is_written_anew(one, edits):
+            emit(one.trace, edits)
+    except (ModegptError, RuntimeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+        said = str(error).strip().splitlines()
+        return f"its module cannot be written anew: {said[0] if said else type(error).__name__}"
+    return None
+
+
+def _halved(one: SiteModule) -> Edits:
+    """What changes in a module when every site keeps half of its blocks, in another order."""
     generator = torch.Generator().manual_seed(0)
+    count = one.flow.classes.count
     chosen = [
-        selection_of(
-            p.footprint.one, random_blocks(p.footprint.one, generator), labels_of(one, p), one.flow.classes.count
-        )
+        selection_of(p.footprint.one, random_blocks(p.footprint.one, generator), labels_of(one, p), count)
         for p in one.placed
     ]
-    return not shrink(one.region, one.flow, Selection.merged(chosen, one.flow.classes.count)).empty
+    return shrink(one.region, one.flow, Selection.merged(chosen, count))
+
+
+def _is_written_anew(one: SiteModule, halved: Edits) -> bool:
+    observed = any(p.site.is_approximated or observed_input(one, p.footprint) is None for p in one.placed)
+    return observed or not halved.empty
 
 
 def observed_input(one: SiteModule, footprint: Footprint) -> str | None:
@@ -158,60 +226,17 @@ def _module_of(site: Site) -> str:
     return common_path(role.parameter for role in site.roles.values())
 
 
-def _relative(path: str, site: Site) -> tuple[object, ...]:
-    return site.pattern, tuple((role, r.parameter.removeprefix(f"{path}."), r.rows) for role, r in site.roles.items())
-
-
-def _shape_of(call: Call) -> tuple[object, ...]:
-    tensors = tuple((tuple(t.shape), t.dtype) for t in call.tensors)
-    leaves = pytree.tree_leaves(dict(call.arguments), is_leaf=lambda leaf: not isinstance(leaf, (dict, list, tuple)))
-    return tensors, call.dynamic, tuple(call.arguments), tuple(map(_plain, leaves)), len(call.cache_layers)
-
-
-def _plain(leaf: object) -> object:
-    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf).__name__
-
-
-def _structures(graph: Graph, paths: Iterable[str]) -> dict[str, object]:
-    """Module → its operations in the whole model's trace, with what they are given, free of names."""
-    wanted = {f"module.{path}" if path else "module": path for path in paths}
-    nodes: dict[str, list[fx.Node]] = {path: [] for path in wanted.values()}
-    for node in graph.trace.graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        for where in {where for where, _ in stack.values()} & wanted.keys():
-            nodes[wanted[where]].append(node)
-    return {path: _said(graph, own) for path, own in nodes.items()}
-
-
-def _said(graph: Graph, nodes: Sequence[fx.Node]) -> object:
-    places: dict[fx.Node, int] = {}
-
-    def place(node: fx.Node) -> str:
-        return f"%{places.setdefault(node, len(places))}"
-
-    lines = []
-    for node in nodes:
-        args = node.args
-        if operation(node) == "attention":
-            said = graph.trace.calls[args[-1]]
-            assert isinstance(said, AttentionCall)
-            args = (*args[:-1], said.scaling, said.tensors, str(dict(said.constants)), said.passed_through)
-        lines.append((place(node), str(node.target), str(fx.map_arg((args, node.kwargs), place))))
-    return tuple(lines)
-
-
 def _matrices(path: str, site: Site) -> tuple[str, frozenset[tuple[str, str]]]:
     """A site's pattern and its roles' matrices, named as its module names them."""
     return site.pattern, frozenset((role, r.parameter.removeprefix(f"{path}.")) for role, r in site.roles.items())
 
 
-def _trace_module(
-    path: str, module: nn.Module, call: Call, sites: Sequence[Site], patterns: Sequence[Pattern]
-) -> SiteModule:
-    trace = export(module, call)
-    graph = normalise(trace)
+def _footprints(
+    path: str, graph: Graph, sites: Sequence[Site], patterns: Sequence[Pattern]
+) -> dict[tuple[str, frozenset[tuple[str, str]]], Footprint]:
+    """Pattern and matrices → where it stands, in the graph of one module."""
     matcher = Matcher(graph)
-    found: dict[object, Footprint] = {}
+    found: dict[tuple[str, frozenset[tuple[str, str]]], Footprint] = {}
     nearly = {_matrices(path, site) for site in sites if site.is_approximated}
     for pattern in patterns:
         for match in matcher.find(pattern)[0]:
@@ -222,19 +247,18 @@ def _trace_module(
             except LayoutError:
                 continue
             found.setdefault(key, footprint)
-    placed = []
-    for site in sites:
-        footprint = found.get(_matrices(path, site))
-        if footprint is None:
-            raise ModegptError(f"{site.id}: found in the whole model but not in {path} on its own")
-        placed.append(Placed(site, footprint))
-    linears = [linear for one in placed for linear in one.footprint.outline.producers.values()]
+    return found
+
+
+def _assembled(path: str, graph: Graph, placed: Iterable[Placed]) -> SiteModule:
+    """A module with the features of all its sites followed together."""
+    chosen = tuple(placed)
+    linears = [linear for one in chosen for linear in one.footprint.outline.producers.values()]
     starts, offsets, count = starts_of(linears)
-    region = sorted({node for one in placed for node in one.footprint.outline.region}, key=graph.place)
-    flow = follow(region, starts, count, approximates=bool(nearly))
-    return SiteModule(
-        path, trace, graph, tuple(placed), {linear.weight: linear for linear in linears}, offsets, tuple(region), flow
-    )
+    region = sorted({node for one in chosen for node in one.footprint.outline.region}, key=graph.place)
+    flow = follow(region, starts, count, approximates=any(one.site.is_approximated for one in chosen))
+    producers = {linear.weight: linear for linear in linears}
+    return SiteModule(path, graph.trace, graph, chosen, producers, offsets, tuple(region), flow)
 
 
 def _moved(known: SiteModule, path: str, module: nn.Module, call: Call, sites: Sequence[Site]) -> SiteModule:

@@ -1,7 +1,7 @@
 """From a model's source to its sites, in the whole model and in their modules: what every command starts with."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ from torch import nn
 
 from modegpt_graph.data import patterns_directory
 from modegpt_graph.match.analyse import Survey, survey
-from modegpt_graph.match.modules import SiteModule, site_modules
+from modegpt_graph.match.modules import Found, SiteModule, site_modules
 from modegpt_graph.match.pattern_file import load_patterns
 from modegpt_graph.match.patterns import Pattern
+from modegpt_graph.match.reasons import refusal
+from modegpt_graph.match.sites import Analysis
 from modegpt_graph.models import ModelSource
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.trace.calls import accepted_keywords
@@ -35,10 +37,27 @@ class Surveyed:
 
     def modules(self) -> tuple[SiteModule, ...]:
         """The smallest module of every site that can be decomposed, traced as the model calls it; traced once."""
-        return self._modules
+        return self._found.modules
+
+    @property
+    def left(self) -> Mapping[str, str]:
+        """Site id → why it is left as it is, although it could be decomposed: its module cannot be written anew."""
+        return self._found.left
+
+    @property
+    def analysis(self) -> Analysis:
+        """The analysis, with the sites that are left as they are refused."""
+        left, analysis = self.left, self.survey.analysis
+        sites = [
+            replace(one.site, decomposition=None, reason=refusal(left[one.site.id]))
+            if one.site.id in left
+            else one.site
+            for one in self.survey.located
+        ]
+        return replace(analysis, sites=tuple(site for one in sites for site in one.apart()))
 
     @cached_property
-    def _modules(self) -> tuple[SiteModule, ...]:
+    def _found(self) -> Found:
         return site_modules(self.skeleton, self.survey, self.patterns, self.example_inputs)
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from modegpt_graph.errors import ModegptError
 from modegpt_graph.models import cache_keyword, cache_of, is_cache
 from modegpt_graph.trace.fake import fake_cpu, on_meta
 
@@ -224,16 +223,17 @@ def _length_axis(
 def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tuple | None = None) -> dict[str, Call]:
     """How `skeleton` (on the meta device) calls each of its modules `names`.
 
-    The model runs twice, at different sizes; an axis whose size differs between the runs is dynamic.
-    Raises ModegptError where a module is never called.
+    The model runs twice, at different sizes; an axis whose size differs between the runs is dynamic. Modules that are
+    never called are left out.
+    Raises ModegptError where the model cannot be run.
     """
     modules = {name: skeleton.get_submodule(name) for name in names}
     first, second = Sizes(2, 5, 4), Sizes(3, 7, 11)
     runs = [_run(skeleton, modules, sizes, example_inputs) for sizes in (first, second)]
     calls = {}
     for name in modules:
-        if name not in runs[0]:
-            raise ModegptError(f"{name}: the model never calls this module; it cannot be traced on its own")
+        if not all(name in run for run in runs):
+            continue
         arguments, extra, tensors = runs[0][name].arguments, runs[0][name].extra, runs[0][name].tensors
         others = runs[1][name].tensors
         dynamic = tuple(

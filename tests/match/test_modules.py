@@ -51,3 +51,17 @@ def test_what_is_nested_is_observed_and_rewritten(fused: bool) -> None:
     with torch.no_grad():
         assert torch.isfinite(result.model(*inputs)).all()
     assert result.report.outcome.ratios.decoder_linear == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_site_whose_module_cannot_be_traced_alone_is_left_and_the_others_are_not() -> None:
+    model, inputs = nested.opened()
+    tokens = torch.randint(nested.VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(1))
+    assert {site.pattern for site in mg.analyze(model, example_inputs=inputs).sites} >= {"gated-mlp"}
+    proof = mg.verify(model, example_inputs=inputs)
+    assert (proof.sites, proof.max_relative_error < 1e-5) == (4, True)  # query/key and value/output of two layers
+    report = mg.compress(model, 0.2, calibration=tokens, example_inputs=inputs).report
+    left = [site for site in report.sites if site.pattern == "gated-mlp"]
+    assert len(left) == 2
+    for site in left:
+        assert site.decomposition is None
+        assert site.reason == "refused: it is found in the whole model, but not in its module on its own"

@@ -67,11 +67,17 @@ class {name}({architecture}):
 
     def __init__(self, config, *inputs, **keywords):
         super().__init__(config, *inputs, **keywords)
-        _resize(self, config.modegpt_graph)
+        _resize(self, config.modegpt_graph){eager}
 
 
 _CLASSES = {{{classes}}}
 '''
+
+
+_EAGER = """
+        # Attention is written out above: it reads the mask that the model makes for eager code.
+        config._attn_implementation = "eager"
+"""
 
 
 def compressed_name(architecture: str) -> str:
@@ -113,8 +119,9 @@ def modeling_source(model: nn.Module, rewritten: Sequence[RewrittenModule], *, s
         bound = imports.add(base.__name__, base.__module__, base.__qualname__)
         classes[one.class_name] = _class_source(one.class_name, bound, one.forward, imports)
     listed = ", ".join(f'"{one}": {one}' for one in classes)
+    eager = _EAGER.rstrip() if any(one.attends for one in rewritten) else ""
     header = _HEADER.format(architecture=architecture, written_by=written_by, source=_plain(source))
-    top = _MODEL.format(name=name, architecture=architecture, classes=listed)
+    top = _MODEL.format(name=name, architecture=architecture, classes=listed, eager=eager)
     parts = [f"{header}\n{imports.text()}", *classes.values(), _RESIZE.strip("\n"), top.strip("\n")]
     return wrap("\n\n\n".join(parts)) + "\n"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.match.modules import SiteModule
-from modegpt_graph.models import can_generate, forward_logits
+from modegpt_graph.models import can_generate, forward_logits, vocabulary_of
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import rewrite
 from modegpt_graph.rewrite.solution import shuffled
@@ -56,8 +56,7 @@ def prove(
 def _random_tokens(model: nn.Module, example_inputs: tuple[Any, ...] | None, generator: torch.Generator) -> Tensor:
     if example_inputs is not None:
         return example_inputs[0]
-    vocabulary = next(part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
-    return torch.randint(0, vocabulary, (2, 24), generator=generator)
+    return torch.randint(0, vocabulary_of(model), (2, 24), generator=generator)
 
 
 def _greedy(model: Any, tokens: Tensor, count: int = 16) -> Tensor:

@@ -10,6 +10,7 @@ from modegpt_graph.models.forward import (
     logits_of,
     overflow_advice,
     positions_of,
+    vocabulary_of,
 )
 from modegpt_graph.models.hub import HubUnreachable, hub_is_reachable
 from modegpt_graph.models.resolve import architecture_names, resolve
@@ -30,4 +31,5 @@ __all__ = [
     "overflow_advice",
     "positions_of",
     "resolve",
+    "vocabulary_of",
 ]

@@ -66,6 +66,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """How many token ids a model reads: the rows of its input embedding, which the library's models name."""
+    table = model.get_input_embeddings() if can_generate(model) else None  # type: ignore[operator]
+    if not isinstance(table, nn.Embedding):
+        table = next(part for part in model.modules() if isinstance(part, nn.Embedding))
+    return table.num_embeddings
+
+
 def positions_of(model: nn.Module | None) -> int | None:
     """How many positions a transformers model was made for; None where its configuration names no such limit."""
     config: Any = getattr(model, "config", None)

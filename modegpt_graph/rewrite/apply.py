@@ -14,6 +14,9 @@ from modegpt_graph.match.modules import Placed, SiteModule, labels_of
 from modegpt_graph.match.probe import selection_of
 from modegpt_graph.rewrite.solution import Solution, slots, taken
 from modegpt_graph.trace.linear import Linear
+from modegpt_graph.trace.operations import operation
+
+EAGER = "eager"  # the library's name for attention that is written out
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,15 @@ class RewrittenModule:
 
     class_name: of its new class, None where its own forward method fits the smaller matrices.
     resized: path of the matrix's module within this one → its new shape.
+    attends: whether its new forward method computes attention itself, instead of by the library's interface: it was
+    traced as eager code, and needs the mask that the model makes for that.
     """
 
     path: str
     class_name: str | None
     forward: Forward | None
     resized: Mapping[str, Resized]
+    attends: bool = False
 
 
 @dataclass
@@ -79,6 +85,9 @@ def rewrite(
         chosen = {placed.site.id: solutions[placed.site.id] for placed in one.placed if placed.site.id in solutions}
         if chosen:
             outcome.append(_rewrite_module(model, one, chosen, names))
+    config = getattr(model, "config", None)
+    if config is not None and any(one.attends for one in outcome):
+        config._attn_implementation = EAGER
     return tuple(outcome)
 
 
@@ -102,7 +111,8 @@ def _rewrite_module(
         (type(module), forward.source), f"Compressed{type(module).__name__}{_number(names, module)}"
     )
     install(module, forward, name)
-    return RewrittenModule(one.path, name, forward, resized)
+    mixes = (one.graph.traced(key) for key in one.graph.nodes if one.graph.operation(key) == "mix")
+    return RewrittenModule(one.path, name, forward, resized, any(operation(node) != "attention" for node in mixes))
 
 
 def _query_factor(one: SiteModule, placed: Placed, edits: Edits, solution: Solution) -> dict[fx.Node, Tensor]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def influences(
                 for placed in one.placed:
                     if placed.site.id in solutions and placed.site.layer is not None:
                         with (
-                            _starting_at(model, layers, placed.site.layer, recorded),
+                            _starting_at(model, layers[placed.site.layer], recorded),
                             _lessened(model.get_submodule(one.path), one, placed, solutions[placed.site.id]),
                         ):
                             logits = forward_logits(model, tokens)
@@ -50,36 +50,62 @@ def influences(
     return divergences
 
 
+@dataclass
+class _Recording:
+    """One pass: what each layer returned, by path and call, and in which order layers began (True) and ended."""
+
+    outputs: dict[str, list[Any]] = field(default_factory=dict)
+    events: list[tuple[str, bool]] = field(default_factory=list)
+
+    def before(self, path: str) -> list[str]:
+        """Layers that had ended for good when `path` was first called."""
+        begun = self.events.index((path, True)) if (path, True) in self.events else 0
+        later = {other for other, _ in self.events[begun:]}
+        return [other for other in self.outputs if other not in later]
+
+
 @contextmanager
-def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[list[Any]]:
+def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[_Recording]:
     """The outputs of the decoder layers in the one pass that is run within this context."""
-    outputs: list[Any] = []
+    recording = _Recording()
 
-    def record(module: nn.Module, args: object, output: Any) -> None:
-        outputs.append(output)
+    def begin(path: str):
+        return lambda module, args: recording.events.append((path, True))
 
-    handles = [model.get_submodule(path).register_forward_hook(record) for path in layers]
+    def end(path: str):
+        def record(module: nn.Module, args: object, output: Any) -> None:
+            recording.events.append((path, False))
+            recording.outputs.setdefault(path, []).append(output)
+
+        return record
+
+    handles = []
     try:
-        yield outputs
+        for path in layers:
+            module = model.get_submodule(path)
+            handles += [module.register_forward_pre_hook(begin(path)), module.register_forward_hook(end(path))]
+        yield recording
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def _starting_at(model: nn.Module, layers: Sequence[str], first: int, outputs: Sequence[Any]) -> Iterator[None]:
-    """Layers before `first` return what they returned in the recorded pass, without computing it."""
-    skipped: list[nn.Module] = [model.get_submodule(path) for path in layers[:first]]
-    own = [vars(module).get("forward") for module in skipped]
-    for module, output in zip(skipped, outputs, strict=False):
-        module.forward = lambda *args, output=output, **kwargs: output
+def _starting_at(model: nn.Module, path: str, recording: _Recording) -> Iterator[None]:
+    """In the one pass within this context, layers that end before `path` return what they did in the recorded one."""
+    skipped = {other: model.get_submodule(other) for other in recording.before(path)}
+    own = {other: vars(module)["forward"] for other, module in skipped.items() if "forward" in vars(module)}
     try:
+        for other, module in skipped.items():
+            said = iter(recording.outputs[other])
+            module.forward = lambda *args, said=said, **kwargs: next(said)
         yield
     finally:
-        for module, forward in zip(skipped, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
+        for other, module in skipped.items():
+            if other in own:
+                module.forward = own[other]
+            else:
+                vars(module).pop("forward", None)
 
 
 def _lessened(module: nn.Module, one: SiteModule, placed: Placed, solution: Solution) -> AbstractContextManager[None]:

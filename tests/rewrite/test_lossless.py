@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import library
 from fixtures.families import family, shrunk, tokens
 from torch import Tensor, nn
 
@@ -21,6 +22,16 @@ def test_a_shuffled_rewrite_changes_nothing(name: str) -> None:
     assert proof.sites == 6  # query/key, value/output and MLP in each of two layers
     assert proof.max_relative_error < TOLERANCE
     assert proof.generation_identical
+
+
+def test_attention_that_is_written_out_gets_the_mask_that_it_was_traced_with() -> None:
+    """Of a model that attends without the library's interface, whose masks differ by the way in which it attends."""
+    model: Any = library.build("falcon-old", device="cpu")
+    model.config._attn_implementation = "sdpa"
+    proof = mg.verify(model)
+    assert proof.max_relative_error < TOLERANCE
+    assert proof.generation_identical
+    assert model.config._attn_implementation == "sdpa"  # the model given is left as it was
 
 
 def test_nor_in_the_demo_model(demo: nn.Module) -> None:

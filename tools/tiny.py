@@ -26,7 +26,8 @@ SIZES: dict[str, int] = {
             WIDTH,
             """hidden_size d_model n_embd embed_dim dim emb_dim embedding_size word_embed_proj_dim embedding_dim
             hidden_size_global input_embedding_size output_embedding_size backbone_hidden_size out_hidden_size lru_width
-            attention_hidden_size dim_model_base input_size vision_output_dim adapter_in_dim adapter_input_size""",
+            attention_hidden_size dim_model_base input_size vision_output_dim adapter_in_dim adapter_out_dim
+            adapter_input_size""",
         ),
         (
             INNER,
@@ -98,6 +99,7 @@ ROTARY_SECTIONS = {
 # type → what its configuration needs beside the shrinking: figures without a default, or that must fit others
 FIGURES: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
+    "big_bird": {"attention_type": "original_full"},  # the only one of a decoder
     "blt": BYTES,
     "cohere_compass_text": ROTARY_SECTIONS,
     "dbrx": {
@@ -105,6 +107,7 @@ FIGURES: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": WIDTH},
     },
     "deepseek_v2": MOE,
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots1": MOE | {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 2},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gemma4_assistant": {"text_config": ASSISTANT},

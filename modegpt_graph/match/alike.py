@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import fx, nn
 
 from modegpt_graph.match.sites import Site
 from modegpt_graph.trace.calls import Call
@@ -26,6 +26,11 @@ def shape_of_call(call: Call) -> tuple[object, ...]:
 
 def _plain(leaf: object) -> object:
     return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf).__name__
+
+
+def parameters_of(module: nn.Module) -> tuple[object, ...]:
+    """Names and shapes of a module's parameters: one that it only returns shows in none of its operations."""
+    return tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
 
 
 def structures(graph: Graph, paths: Iterable[str]) -> dict[str, object]:

@@ -11,7 +11,7 @@ from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.labels import Flow, follow
 from modegpt_graph.flow.layout import LayoutError
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
-from modegpt_graph.match.alike import relative, shape_of_call, structures
+from modegpt_graph.match.alike import parameters_of, relative, shape_of_call, structures
 from modegpt_graph.match.analyse import Survey
 from modegpt_graph.match.decoder import common_path
 from modegpt_graph.match.footprint import Footprint, locate, outline, starts_of
@@ -138,8 +138,9 @@ class _Tracer:
         return self._anew[key]
 
     def _key(self, path: str, sites: Sequence[Site]) -> object:
-        kind = type(self._skeleton.get_submodule(path))
-        return self._structures[path], kind, shape_of_call(self._calls[path]), tuple(relative(path, s) for s in sites)
+        module, found = self._skeleton.get_submodule(path), tuple(relative(path, site) for site in sites)
+        kind = type(module), parameters_of(module)
+        return self._structures[path], kind, shape_of_call(self._calls[path]), found
 
 
 def _parameters(sites: Sequence[Site]) -> set[str]:

@@ -184,7 +184,7 @@ def _run_once(
             accepted = accepted_keywords(model)
             cached: dict[str, Any] = {}
             keyword = cache_keyword(model) if example_inputs is None else None
-            cache = None if keyword is None else cache_of(run(sizes.cached, use_cache=True))
+            cache = None if keyword is None else _filled_cache(model, lambda: run(sizes.cached, use_cache=True))
             if keyword is not None and cache is not None:
                 total = sizes.cached + sizes.tokens
                 cached = {keyword: cache, "use_cache": True}
@@ -202,6 +202,22 @@ def _run_once(
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _filled_cache(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """The cache that a run of the model fills: the one it returns, or else the one it hands to its modules."""
+    handed: list[Any] = []
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        handed.extend(value for value in (*args, *kwargs.values()) if is_cache(value))
+
+    handles = [part.register_forward_pre_hook(look, with_kwargs=True) for part in model.modules()]
+    try:
+        returned = cache_of(run())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return returned if returned is not None else next(iter(handed), None)
 
 
 def _length_axis(

@@ -9,7 +9,7 @@ from modegpt_graph.match.sites import Site
 from modegpt_graph.trace.calls import Call
 from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.opaque import AttentionCall
-from modegpt_graph.trace.operations import operation
+from modegpt_graph.trace.operations import arguments, operation
 
 
 def relative(path: str, site: Site) -> tuple[object, ...]:
@@ -52,7 +52,7 @@ def _said(graph: Graph, nodes: Sequence[fx.Node]) -> object:
 
     lines = []
     for node in nodes:
-        args = node.args
+        args = tuple(arguments(node))
         if operation(node) == "attention":
             said = graph.trace.calls[args[-1]]
             assert isinstance(said, AttentionCall)

@@ -153,6 +153,8 @@ def _examined(
     """A module with those of its sites that can be observed and rewritten in it; number of another → why not."""
     try:
         trace = export(module, call)
+        if sum(isinstance(said, CacheCall) for said in trace.calls) != len(call.cache_layers):
+            raise ModegptError("not every cache that it updates is the one that the model hands on")
         graph = normalise(trace)
         found = _footprints(path, graph, sites, patterns)
     except ModegptError as error:

@@ -84,14 +84,14 @@ def test_a_wrong_order_in_one_matrix_is_seen(role: str) -> None:
 
 def test_verify_fails_where_the_rewrite_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole of `verify`, given solutions that forget what goes with the features."""
-    from modegpt_graph import api
+    from modegpt_graph.evaluate import proof as room
 
     def forgetful(layout: Any, generator: torch.Generator) -> Solution:
         honest = shuffled(layout, generator)
         identity = torch.eye(layout.size, dtype=torch.float64).expand(layout.groups, 1, -1, -1)
         return Solution(honest.kept, {next(iter(layout.members)): identity})
 
-    monkeypatch.setattr(api, "shuffled", forgetful)
+    monkeypatch.setattr(room, "shuffled", forgetful)
     proof = mg.verify(family("llama"))
     assert proof.max_relative_error > 100 * TOLERANCE
     assert not proof.generation_identical

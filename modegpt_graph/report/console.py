@@ -192,7 +192,7 @@ def _rank_lines(analysis: Analysis, outcome: CompressionOutcome, width: int) -> 
 def _bound_table(series: tuple[BoundSeries, ...], violated: tuple[str, ...]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, 1))
     table.add_column("", no_wrap=True)
-    for name in ("error", "bound", "bound/error", "median"):
+    for name in ("error", "bound", "bound/error", "med."):
         table.add_column(name, justify="right", no_wrap=True)
     for one in series:
         name = Text.assemble((one.roles, "bold"), "\n", (f"proposition {one.proposition}", "dim"))

@@ -59,7 +59,13 @@ def bench(arguments: argparse.Namespace) -> dict[str, Any]:
     _note(f"{forward:.1f} s; the compression of the same")
     start = time.perf_counter()
     result = api.compress(
-        dense, arguments.ratio, calibration=tokens, allocator=arguments.allocator, evaluate=False, seed=arguments.seed
+        dense,
+        arguments.ratio,
+        calibration=tokens,
+        allocator=arguments.allocator,
+        evaluate=False,
+        seed=arguments.seed,
+        cache=False,
     )
     compression = time.perf_counter() - start
     outcome = result.report.outcome

@@ -44,6 +44,7 @@ def refit(
     check_finite(weight, "weight")
     if (cross is None) != (target is None):
         raise ValueError("cross and target belong together")
+    has_drifted = cross is not None
     cross = gram if cross is None else cross.double()
     target = gram if target is None else check_gram(target, "target gram")
     check_finite(cross, "cross gram")
@@ -74,7 +75,7 @@ def refit(
     fitted = start + torch.linalg.solve_triangular(root.mT, step, upper=True)
 
     error = (energy(target, weight) - 2 * (fitted * spread.lift(cross @ weight)).sum() + energy(metric, fitted)).item()
-    if cross is gram:
+    if not has_drifted:
         # The same figure without the cancellation of three large numbers.
         error = energy(gram, weight - spread.expand(fitted)).item()
     if bias is not None:

@@ -36,6 +36,7 @@ def quieten() -> None:
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
         ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TQDM_DISABLE", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TORCH_LOGS", "-all"),
     ):

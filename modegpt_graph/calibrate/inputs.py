@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from modegpt_graph.calibrate.statistics import ConsumerCollector, ConsumerStatistics, Gram, checked
-from modegpt_graph.flow.labels import shape_of
+from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.trace.linear import Linear
 

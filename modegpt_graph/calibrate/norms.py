@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from modegpt_graph.calibrate.statistics import ScoreCollector, ScoreStatistics
-from modegpt_graph.flow.labels import varying_axes
+from modegpt_graph.flow.elements import varying_axes
 from modegpt_graph.match.approximate import norms_of
 from modegpt_graph.match.footprint import Footprint
 

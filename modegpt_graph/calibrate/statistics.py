@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from modegpt_graph.errors import ModegptError, OverflowedActivations
-from modegpt_graph.flow.labels import shape_of
+from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.operations import Effect, effect

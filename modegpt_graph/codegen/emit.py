@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from modegpt_graph.codegen.expressions import EmitError, call, identifier, literal
 from modegpt_graph.codegen.gather import gathered
 from modegpt_graph.codegen.layout import atom, wrapped
-from modegpt_graph.flow.labels import shape_of
+from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.flow.shrink import Edits
 from modegpt_graph.trace.calls import CacheSlot
 from modegpt_graph.trace.export import Output, Trace
@@ -279,6 +279,7 @@ class _Writer:
         elif (
             node.op == "call_function"
             and operation(node) == "getitem"
+            and node not in self.edits.arguments
             and self.text[arguments(node)[0]].startswith("\0")
         ):
             self.text[node] = self.text[arguments(node)[0]][1:].split(", ")[arguments(node)[1]]

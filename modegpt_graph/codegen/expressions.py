@@ -98,7 +98,7 @@ def call(name: str, target: Any, args: Sequence[str], kwargs: Mapping[str, str],
     if name in _INFIX and len(args) == 2 and not kwargs:
         return infix(args[0], _INFIX[name], args[1])
     rest = [*args[1:], *(f"{key}={value}" for key, value in kwargs.items())]
-    if name in _METHODS and args:
+    if name in _METHODS and args and not isinstance(raw[0], (bool, int, float)):
         flat = [
             item.strip("[]") if name in ("view", "reshape", "expand", "permute", "repeat") and n == 0 else item
             for n, item in enumerate(rest)
@@ -126,6 +126,10 @@ def _select(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) 
     if axis < -1:
         return None
     return f"{atom(args[0])}[{'..., ' if axis == -1 else ':, ' * axis}{args[2]}]"
+
+
+def _pow(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str | None:
+    return f"torch.pow({args[0]}, {args[1]})" if isinstance(raw[0], (int, float)) else None
 
 
 def _neg(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
@@ -184,6 +188,7 @@ _SPECIAL: dict[str, Callable[..., str | None]] = {
     "slice": _slice,
     "select": _select,
     "neg": _neg,
+    "pow": _pow,
     "dropout": _dropout,
     "feature_dropout": _dropout,
     "numpy_T": _turned,

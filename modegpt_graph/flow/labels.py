@@ -2,7 +2,8 @@
 
 Producers (matrix products) start one label per output row. Data movement is run on the labels themselves; element-wise
 operations join the labels that meet; contractions and reductions join what they sum over. What comes out is, per
-operation, what it does to the features, and, over all, which features are coupled. -1 marks elements without a feature.
+operation, what it does to the features, and, over all, which features are coupled. -1 marks elements without a feature,
+-2 those among them that are zero: padding may stand in a feature's place at some positions.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,12 +13,19 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from modegpt_graph.flow.classes import Classes
+from modegpt_graph.flow.elements import (
+    OTHER,
+    PADDING,
+    constant_of,
+    hint,
+    is_zero,
+    of_one_position,
+    shape_of,
+    varying_axes,
+)
 from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
-
-ROUTED = 3  # an example of how many tokens go to an expert
 
 Labels = Tensor | tuple[Tensor, ...]
 
@@ -28,6 +36,7 @@ class Flow:
 
     labels: node → labels of its value (a tuple of them where it has several).
     nonlinear: nodes that do not commute with a mixing of features, with what they do.
+    scaled: those of them that multiply each feature by a number of its own, with the axes along which these differ.
     unknown: nodes whose operation is not in the table.
     approximates: whether sums over features (of a norm) are taken as a number of each token's own, which couples
     nothing: what is dropped then changes it, and that is an approximation.   approximated: the nodes where it was.
@@ -36,24 +45,10 @@ class Flow:
     classes: Classes
     labels: dict[fx.Node, Labels] = field(default_factory=dict)
     nonlinear: dict[fx.Node, str] = field(default_factory=dict)
+    scaled: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     unknown: list[fx.Node] = field(default_factory=list)
     approximates: bool = False
     approximated: list[fx.Node] = field(default_factory=list)
-
-
-def hint(value: Any) -> Any:
-    """The example size behind a symbolic size, ROUTED where it depends on data; other values as they are."""
-    return optimization_hint(value, fallback=ROUTED) if isinstance(value, torch.SymInt) else value
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Example shape of a node's value."""
-    return tuple(int(hint(size)) for size in node.meta["val"].shape)
-
-
-def varying_axes(labels: Tensor) -> tuple[int, ...]:
-    """Axes along which the labels are not all equal."""
-    return tuple(a for a in range(labels.ndim) if labels.shape[a] > 1 and (labels.narrow(a, 0, 1) != labels).any())
 
 
 def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = None, kwargs: Any = None) -> Any:
@@ -68,7 +63,7 @@ def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = N
             if constant is not None and not constant.is_floating_point():  # positions, not features
                 return constant
             if isinstance(example, Tensor):
-                return torch.full(shape_of(value), -1)
+                return torch.full(shape_of(value), PADDING if is_zero(value) else OTHER)
             return hint(example)
         return hint(value)
 
@@ -78,13 +73,6 @@ def run_on_labels(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = N
     target: Any = torch.ops.aten.reshape.default if operation(node) in ("view", "_unsafe_view") else node.target
     result = target(*filled[0], **filled[1])
     return tuple(result) if isinstance(result, (list, tuple)) else result
-
-
-def constant_of(node: fx.Node) -> Tensor | None:
-    """The value of a node that is a tensor made while tracing."""
-    while effect(node) is Effect.SAME:
-        node = arguments(node)[0]
-    return node.meta.get("constant")
 
 
 def follow(
@@ -116,12 +104,20 @@ def _step(node: fx.Node, flow: Flow) -> None:
         flow.labels[node] = result
 
 
-def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
+def run_move(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = None, kwargs: Any = None) -> Any:
+    """Run a data movement on labels; what it pads with is marked as padding."""
+    args, kwargs = (node.args if args is None else args), (node.kwargs if kwargs is None else kwargs)
     if operation(node) == "constant_pad_nd":
-        return run_on_labels(node, flow.labels, (*arguments(node)[:2], -1), {})
-    if operation(node) == "pad" and (len(node.args) < 3 or arguments(node)[2] == "constant"):
-        return run_on_labels(node, flow.labels, (*arguments(node)[:2], "constant", -1), {})
-    return run_on_labels(node, flow.labels)
+        filling = PADDING if [*args, 0][2] == 0 else OTHER
+        return run_on_labels(node, labels, (*args[:2], filling), {})
+    if operation(node) == "pad" and (len(args) < 3 or args[2] == "constant"):
+        filling = PADDING if [*args, None, None][3] in (None, 0) else OTHER
+        return run_on_labels(node, labels, (*args[:2], "constant", filling), {})
+    return run_on_labels(node, labels, args, kwargs)
+
+
+def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
+    return run_move(node, flow.labels)
 
 
 def _same(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
@@ -130,7 +126,12 @@ def _same(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
 
 def _unary(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
     flow.nonlinear[node] = operation(node)
-    return flow.labels[operands[0]]
+    return _filled(flow.labels[operands[0]])
+
+
+def _filled(labels: Labels) -> Labels:
+    """Labels of what is zero no longer where it was padding."""
+    return labels.masked_fill(labels == PADDING, OTHER) if isinstance(labels, Tensor) else labels
 
 
 def _elementwise(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
@@ -143,6 +144,8 @@ def _elementwise(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labe
     for other in meeting[1:]:
         flow.classes.join(result, other)
         result = torch.where(result >= 0, result, other)
+    if effect(node) is Effect.SUM and len(dict.fromkeys(node.all_input_nodes)) > len(operands):
+        result = result.masked_fill(result == PADDING, OTHER)
     same = all(torch.equal(meeting[0], other) for other in meeting[1:])
     if len(operands) > 1 or _uses(node, operands[0]) > 1:
         if not (same and effect(node) is Effect.SUM):
@@ -152,8 +155,10 @@ def _elementwise(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labe
             flow.nonlinear[node] = name
     elif name.removesuffix("_") in ("mul", "div") and _scales(node, operands[0]):
         side = next((n for n in node.all_input_nodes if n is not operands[0]), None)
-        if side is not None and _per_feature(side, result):
+        axes = () if side is None else _axes_that_differ(side, result)
+        if axes:
             flow.nonlinear[node] = name
+            flow.scaled[node] = axes
     else:
         flow.nonlinear[node] = name
     return result
@@ -176,11 +181,11 @@ def _scales(node: fx.Node, operand: fx.Node) -> bool:
     return operation(node).startswith("mul") or arguments(node)[0] is operand
 
 
-def _per_feature(side: fx.Node, labels: Tensor) -> bool:
-    """Whether an operand without features differs from feature to feature, told by its shape."""
+def _axes_that_differ(side: fx.Node, labels: Tensor) -> tuple[int, ...]:
+    """Axes of features along which an operand without features may differ, told by its shape."""
     shape = shape_of(side)
     aligned = (1,) * (labels.ndim - len(shape)) + shape
-    return any(aligned[axis] > 1 for axis in varying_axes(labels))
+    return tuple(axis for axis in varying_axes(labels) if aligned[axis] > 1)
 
 
 def reduced_axes(node: fx.Node, ndim: int) -> tuple[int, ...]:
@@ -252,53 +257,73 @@ def _product_sum(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labe
     left, right = (
         (arguments(node)[1], arguments(node)[2]) if operation(node) in ("addmm", "baddbmm") else arguments(node)[:2]
     )
-    left_labels, right_labels = flow.labels.get(left), flow.labels.get(right)
+    left_labels, right_labels = _as_rows(flow.labels.get(left)), _as_columns(flow.labels.get(right))
     shape = shape_of(node)
-    if (
-        isinstance(left_labels, Tensor)
-        and varying_axes(left_labels)
-        and left_labels.ndim - 1 in varying_axes(left_labels)
-    ):
-        summed_left = True
-    else:
-        summed_left = False
-    summed_right = isinstance(right_labels, Tensor) and right_labels.ndim - 2 in varying_axes(right_labels)
-    if summed_left or summed_right:
+    if left_labels is not None and right_labels is not None:
         return _contract(node, left_labels, right_labels, flow)
-    if isinstance(left_labels, Tensor) and isinstance(right_labels, Tensor):
-        flow.nonlinear[node] = operation(node)
+    if right_labels is not None:
+        if right_labels.shape[-2] > 1 and right_labels.ndim - 2 in varying_axes(right_labels):
+            return _mixed(node, right_labels, shape, flow)
+        return _summed(node, right_labels, -2, shape, flow)
+    assert left_labels is not None
+    if left_labels.shape[-1] > 1 and left_labels.ndim - 1 in varying_axes(left_labels):
+        mixed = _mixed(node, left_labels.mT, (*shape[:-2], shape[-1], shape[-2]), flow)
+        return None if mixed is None else mixed.mT
+    return _summed(node, left_labels, -1, shape, flow)
+
+
+def _as_rows(labels: Labels | None) -> Tensor | None:
+    """Labels of a left operand; a vector is one row."""
+    return None if not isinstance(labels, Tensor) else labels[None] if labels.ndim == 1 else labels
+
+
+def _as_columns(labels: Labels | None) -> Tensor | None:
+    return None if not isinstance(labels, Tensor) else labels[:, None] if labels.ndim == 1 else labels
+
+
+def _summed(node: fx.Node, labels: Tensor, axis: int, shape: Sequence[int], flow: Flow) -> Tensor | None:
+    """A product that sums over an axis which is no feature's: the features pass on."""
+    one = of_one_position(labels if axis == -2 else labels.mT)
+    if one is None:
         flow.unknown.append(node)
         return None
-    if isinstance(right_labels, Tensor):
-        return right_labels.narrow(-2, 0, 1).expand(*shape).clone()
-    assert isinstance(left_labels, Tensor)
-    return left_labels.narrow(-1, 0, 1).expand(*shape).clone()
+    return (one if axis == -2 else one.mT).expand(*shape).clone()
 
 
-def _contract(node: fx.Node, left: Labels | None, right: Labels | None, flow: Flow) -> None:
-    """The product of two features: classes of partners are joined, and no feature passes on."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        first = left.narrow(-2, 0, 1).squeeze(-2).expand(*batch, left.shape[-1])
-        second = right.narrow(-1, 0, 1).squeeze(-1).expand(*batch, right.shape[-2])
-        flow.classes.join(first, second)
-        return
-    for labels in (left, right):
-        if isinstance(labels, Tensor):
-            flow.classes.join(labels.reshape(-1)[:-1], labels.reshape(-1)[1:])
+def _mixed(node: fx.Node, labels: Tensor, shape: Sequence[int], flow: Flow) -> Tensor | None:
+    """Numbers times features: those along the axis that is summed over become one class.
+
+    labels: (…, m, n).   Returns (…, m, n), the i-th one with the label of the i-th; None where fewer or more come out.
+    """
     flow.nonlinear[node] = operation(node)
+    _join_along(labels, labels.ndim - 2, flow.classes)
+    return labels.expand(*shape).clone() if shape[-2] == labels.shape[-2] else None
+
+
+def _contract(node: fx.Node, left: Tensor, right: Tensor, flow: Flow) -> None:
+    """The product of two features: classes of partners are joined, and no feature passes on."""
+    first, second = of_one_position(left), of_one_position(right.mT)
+    if first is None or second is None or not (varying_axes(first) or varying_axes(second)):
+        flow.unknown.append(node)
+        flow.nonlinear[node] = operation(node)
+        return
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    flow.classes.join(*(one.squeeze(-2).expand(*batch, one.shape[-1]) for one in (first, second)))
 
 
 def _attention(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | None:
     query, key, value = (flow.labels.get(operand) for operand in arguments(node)[:3])
     if isinstance(query, Tensor) and isinstance(key, Tensor):
         partners = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        flow.classes.join(query[:, :, 0], partners[:, :, 0])
+        flow.classes.join(query.amax(2), partners.amax(2))
     if not isinstance(value, Tensor):
         return None
     shape = shape_of(node)
     heads_axis = 2 if operation(node) == "attention" else 1
-    shared = value[:, :, :1]  # (B, G, 1, e)
+    shared = of_one_position(value)  # (B, G, 1, e)
+    if shared is None:
+        flow.unknown.append(node)
+        return None
     heads = shared.repeat_interleave(shape[heads_axis] // shared.shape[1], dim=1)
     return (heads.transpose(1, 2) if heads_axis == 2 else heads).expand(shape).clone()
 
@@ -309,7 +334,7 @@ def _cache(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
         labels = flow.labels.get(operand)
         shape = tuple(int(hint(size)) for size in example.shape)
         if isinstance(labels, Tensor):
-            result.append(labels.narrow(-2, 0, 1).expand(shape).clone())
+            result.append(labels.amax(-2, keepdim=True).expand(shape).clone())
         else:
             result.append(torch.full(shape, -1))
     return tuple(result)

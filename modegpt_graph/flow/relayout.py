@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from modegpt_graph.errors import ModegptError
-from modegpt_graph.flow.labels import run_on_labels, shape_of
+from modegpt_graph.flow.elements import shape_of
+from modegpt_graph.flow.labels import run_on_labels
 from modegpt_graph.trace.operations import Effect, effect
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from modegpt_graph.errors import ModegptError
-from modegpt_graph.flow.labels import Flow, Labels, hint, run_on_labels, shape_of
+from modegpt_graph.flow.elements import OTHER, PADDING, hint, is_zero, shape_of
+from modegpt_graph.flow.labels import Flow, Labels, run_move
 from modegpt_graph.flow.relayout import RelayoutError, relayout, source_of, view_permute
 from modegpt_graph.trace.operations import Effect, arguments, effect, operation
 
@@ -80,10 +81,9 @@ class Edits:
 
 def select(labels: Tensor, selection: Selection) -> tuple[Tensor, int | None]:
     """(labels of the smaller tensor, the axis that shrank). Raises ShrinkError where heads would differ in size."""
-    featured = labels >= 0
-    clamped = labels.clamp(min=0)
-    mask = torch.where(featured, selection.keep[clamped], True)
-    moved = torch.where(featured, selection.source[clamped], labels)
+    behind = _behind_padding(labels)
+    mask = torch.where(behind >= 0, selection.keep[behind.clamp(min=0)], True)
+    moved = torch.where(labels >= 0, selection.source[labels.clamp(min=0)], labels)
     if mask.all():
         return moved, None
     for axis in reversed(range(labels.ndim)):
@@ -94,6 +94,16 @@ def select(labels: Tensor, selection: Selection) -> tuple[Tensor, int | None]:
             shape = [size for i, size in enumerate(labels.shape) if i != axis]
             return last.reshape(*shape, count).movedim(-1, axis), axis
     raise ShrinkError("the kept features do not form a regular tensor")
+
+
+def _behind_padding(labels: Tensor) -> Tensor:
+    """Labels with those of other positions where there is padding."""
+    if (labels == PADDING).any():
+        for axis in range(labels.ndim):
+            one = labels.amax(axis, keepdim=True)
+            if (one != PADDING).all() and ((labels == one) | (labels == PADDING)).all():
+                return one.expand_as(labels)
+    return labels
 
 
 def origins(labels: Tensor, smaller: Tensor, axis: int) -> Tensor:
@@ -140,7 +150,18 @@ def shrink(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> Edits
                     raise
                 edits.bypassed.add(node)
                 continue
-            _edit(node, flow, edits, selection)
+            try:
+                _edit(node, flow, edits, selection)
+            except ShrinkError:
+                if effect(node) is not Effect.MOVE or not isinstance(flow.labels[node], Tensor):
+                    raise
+                _bypass(node, flow, edits, selection, starts)
+                if node in edits.bypassed:
+                    raise
+        elif effect(node) is Effect.FRESH and operation(node).endswith("_like"):
+            like = edits.labels.get(arguments(node)[0])
+            if isinstance(like, Tensor):
+                edits.labels[node] = torch.full_like(like, PADDING if is_zero(node) else OTHER)
         elif effect(node) is Effect.ATTENTION:
             _keep_scale(node, flow, edits)
     _bypass_outside(region, flow, edits, selection, starts)
@@ -225,7 +246,7 @@ def _edit(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -> None
     kind = effect(node)
     if kind is Effect.MOVE:
         _edit_move(node, flow, edits, selection)
-    elif kind in (Effect.SUM, Effect.PRODUCT):
+    elif kind in (Effect.SUM, Effect.PRODUCT, Effect.PRODUCT_SUM):
         _gather_sides(node, flow, edits, selection)
     elif kind is Effect.ATTENTION:
         _keep_scale(node, flow, edits)
@@ -247,7 +268,7 @@ def _edit_move(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) ->
 
 def _run(node: fx.Node, target: Any, labels: Mapping[fx.Node, Labels], args: Any, kwargs: Any) -> Any:
     if target is node.target:
-        return run_on_labels(node, labels, args, kwargs)
+        return run_move(node, labels, args, kwargs)
     filled = [labels[arg] if isinstance(arg, fx.Node) and arg in labels else hint(arg) for arg in args]
     result = target(*filled, **kwargs)
     return tuple(result) if isinstance(result, (list, tuple)) else result
@@ -276,6 +297,12 @@ def _candidates(node: fx.Node, flow: Flow, edits: Edits, selection: Selection) -
     source = flow.labels.get(args[0]) if isinstance(args[0], fx.Node) else None
     if not isinstance(source, Tensor):
         return
+    if name == "unflatten" and isinstance(expected, Tensor):
+        first: Any = args[1]
+        along = first % source.ndim
+        given = zip(args[2], expected.shape[along : along + len(args[2])], strict=True)
+        sizes = [int(new) if isinstance(size, int) and size >= 0 else size for size, new in given]
+        yield node.target, (args[0], args[1], sizes), kwargs
     if name == "slice" and len(args) >= 4:
         along: Any = args[1]
         start, stop = args[2] or 0, args[3]
@@ -312,6 +339,8 @@ def _gather_sides(node: fx.Node, flow: Flow, edits: Edits, selection: Selection)
     assert isinstance(smaller, Tensor)
     _, shrunk = select(labels, selection)
     axes = [shrunk] if shrunk is not None else [a for a in range(labels.ndim) if labels.shape[a] > 1]
+    if effect(node) is Effect.PRODUCT_SUM:  # its last two axes are not those of its operands
+        axes = [axis for axis in axes if axis < labels.ndim - 2]
     for axis in axes:
         for side in node.all_input_nodes:
             if side in flow.labels or not isinstance(side.meta.get("val"), Tensor):
@@ -335,6 +364,11 @@ def _gather_side(node: fx.Node, side: fx.Node, axis: int, labels: Tensor, smalle
         return
     if index.numel() == index.shape[axis]:
         index = index.reshape(-1)
+    elif effect(node) is Effect.PRODUCT_SUM and index.shape[-2:].numel() > 1:
+        raise ShrinkError(
+            f"`{node.name}` ({operation(node)}) multiplies several heads by one `{operation(side)}`, and each would "
+            "keep another part of it"
+        )
     edits.gathers[node, side] = Gather(offset, index)
 
 

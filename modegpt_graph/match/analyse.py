@@ -14,11 +14,12 @@ from modegpt_graph.match.decoder import common_path, decoder_matrices
 from modegpt_graph.match.footprint import Footprint, Outline, locate, outline
 from modegpt_graph.match.matcher import Match, Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
+from modegpt_graph.match.products import attention_graph
 from modegpt_graph.match.reasons import decide, refusal
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, SiteType
 from modegpt_graph.match.unmatched import explain, is_multiplied
 from modegpt_graph.trace.export import Trace
-from modegpt_graph.trace.graph import Graph, normalise
+from modegpt_graph.trace.graph import Graph
 
 TYPES: tuple[SiteType, ...] = ("III", "I", "II")
 
@@ -61,7 +62,7 @@ def survey(
     approximate_norm: whether query/key under a norm of each head is taken, by an approximation, instead of refused.
     Raises ModegptError where the model has no decoder-layer matrices.
     """
-    graph = normalise(trace)
+    graph = attention_graph(trace)
     matrices = decoder_matrices(trace)
     if not matrices:
         raise ModegptError(f"{name}: no decoder-layer weight matrix was found in the traced graph")
@@ -80,51 +81,60 @@ def _sites(
     graph: Graph, matches: Iterable[Match], matrices: Mapping[str, int], approximate_norm: bool
 ) -> list[Located]:
     examined: dict[object, _Examined] = {}
-    taken: dict[str, list[tuple[int, int]]] = {}
+    taken: dict[str, list[_Part]] = {}
     located: list[Located] = []
     identities: set[str] = set()
-    sketches = []
-    for key, group in _group_by_matrices(graph, matches).items():
-        if all(weight in matrices for _, weight in key[1:]):
-            sketch = outline(graph, group[0])
+    groups: dict[object, list[tuple[Outline, _Examined]]] = {}
+    for match in matches:
+        weights = {role: linear.weight for role, key in match.linears.items() if (linear := graph.linear(key))}
+        if all(weight in matrices for weight in weights.values()):
+            sketch = outline(graph, match)
             signature = sketch.signature()
             if signature not in examined:
                 examined[signature] = _examine(sketch, approximate_norm)
-            sketches.append((key, group, sketch, examined[signature]))
+            # Matches of one pattern on the same rows of the same matrices are one site, used more than once.
+            roles = roles_of(sketch, examined[signature].layout)
+            groups.setdefault((match.pattern.name, *roles.items()), []).append((sketch, examined[signature]))
     # A site whose rows are not known claims whole matrices: it comes last, and takes what no other site has.
-    for (pattern, *weights), group, sketch, result in sorted(sketches, key=_claim):
-        reused = {graph.linears[weight][0]: len(graph.linears[weight]) for _, weight in weights}
-        if any(count != len(group) for count in reused.values()):
-            result = _Examined(
-                None, None, Certificate("structural", None, False), "one of its matrices is also used elsewhere"
-            )
-        roles = _roles(sketch, result.layout)
-        if any(_overlap(role, taken) for role in roles.values()):
+    for group in sorted(groups.values(), key=lambda group: _claim(*group[0])):
+        sketch, result = group[0]
+        obstacle = _used_otherwise(graph, group)
+        if obstacle is not None:
+            result = _Examined(None, None, Certificate("structural", None, False), obstacle)
+        roles = roles_of(sketch, result.layout)
+        parts = {role: _part_of(sketch, result.layout, role, roles[role].rows) for role in roles}
+        if any(_overlap(part, taken.get(roles[role].parameter, ())) for role, part in parts.items()):
             continue
-        for role in roles.values():
-            taken.setdefault(role.parameter, []).extend(role.rows)
+        for role, part in parts.items():
+            taken.setdefault(roles[role].parameter, []).append(part)
         layer = min(matrices[role.parameter] for role in roles.values())
-        identity = _identity(pattern, roles, identities)
+        identity = _identity(sketch.match.pattern.name, roles, identities)
         located.append(Located(_site(identity, sketch, result, roles, layer), sketch, result.layout))
     return sorted(located, key=lambda one: (one.site.layer, graph.place(one.outline.end)))
 
 
-def _claim(found: tuple[object, object, Outline, _Examined]) -> tuple[bool, int]:
-    """Order in which sites claim their matrices: of those whose rows are not known, the largest first."""
-    _, _, sketch, result = found
-    model = sketch.graph.trace.module
-    linears = {**sketch.producers, **sketch.consumers}.values()
-    size = sum(model.get_parameter(linear.weight).numel() for linear in linears)
-    return result.layout is None, -size if result.layout is None else 0
+def _claim(sketch: Outline, result: _Examined) -> tuple[int, int]:
+    """Order in which sites claim their matrices: those that are taken, those that are refused, those not known.
+
+    Of those whose rows are not known, the largest first.
+    """
+    if result.layout is None or result.finding is None:
+        model = sketch.graph.trace.module
+        return 2, -sum(model.get_parameter(linear.weight).numel() for linear in sketch.linears.values())
+    method = admitted_method(sketch.match.pattern.decomposition, result.finding.commutant)
+    is_taken = result.approximation is not None or (method is not None and result.certificate.holds)
+    return 0 if is_taken else 1, 0
 
 
-def _group_by_matrices(graph: Graph, matches: Iterable[Match]) -> dict[tuple, list[Match]]:
-    """Matches of one pattern on the same matrices are one site, used more than once."""
-    groups: dict[tuple, list[Match]] = {}
-    for match in matches:
-        weights = tuple((role, linear.weight) for role, key in match.linears.items() if (linear := graph.linear(key)))
-        groups.setdefault((match.pattern.name, *weights), []).append(match)
-    return groups
+def _used_otherwise(graph: Graph, group: Sequence[tuple[Outline, _Examined]]) -> str | None:
+    """What is against a site whose matrices are multiplied more often than once, None where each time is alike."""
+    for role, linear in group[0][0].linears.items():
+        nodes = {sketch.linears[role].node for sketch, _ in group}
+        if len(nodes) != len(graph.linears[linear.weight]):
+            return "one of its matrices is also used elsewhere"
+    if any(result is not group[0][1] for _, result in group):
+        return "its matrices are used more than once, and not in the same way each time"
+    return None
 
 
 def _examine(sketch: Outline, approximate_norm: bool) -> _Examined:
@@ -161,7 +171,8 @@ def _refuted(footprint: Footprint, finding: Finding, certificate: Certificate) -
     return counterexample(footprint, method or decomposition.method)
 
 
-def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
+def roles_of(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
+    """The rows of its matrices that a site has: all of them, where its layout is not known."""
     roles = {}
     for role, linear in sketch.linears.items():
         rows, _ = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
@@ -173,16 +184,39 @@ def _roles(sketch: Outline, layout: Layout | None) -> dict[str, Role]:
 
 @lru_cache(maxsize=64)
 def _ranges_of(layout: Layout, role: str) -> tuple[tuple[int, int], ...]:
-    """Rows of a role; equal layers share their layout."""
+    """Rows of a selected role, columns of a refitted one; equal layers share their layout."""
     return rows_to_ranges(layout.members[role].reshape(-1).sort().values)
 
 
-def _overlap(role: Role, taken: Mapping[str, Sequence[tuple[int, int]]]) -> bool:
-    return any(
-        start < stop_taken and start_taken < stop
-        for start, stop in role.rows
-        for start_taken, stop_taken in taken.get(role.parameter, ())
-    )
+@dataclass(frozen=True)
+class _Part:
+    """Rows and columns of a matrix that a site has: some rows and all columns, or all rows and some columns."""
+
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        return _length(self.rows) * _length(self.columns)
+
+
+def _part_of(sketch: Outline, layout: Layout | None, role: str, rows: tuple[tuple[int, int], ...]) -> _Part:
+    linear = sketch.linears[role]
+    _, columns = linear.shape(tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape))
+    some = role in sketch.consumers and layout is not None
+    return _Part(rows, _ranges_of(layout, role) if some else ((0, columns),))
+
+
+def _length(ranges: Sequence[tuple[int, int]]) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
+def _overlap(part: _Part, taken: Iterable[_Part]) -> bool:
+    return any(_meet(part.rows, other.rows) and _meet(part.columns, other.columns) for other in taken)
+
+
+def _meet(first: Sequence[tuple[int, int]], second: Sequence[tuple[int, int]]) -> bool:
+    return any(start < stop_other and start_other < stop for start, stop in first for start_other, stop_other in second)
 
 
 def _identity(pattern: str, roles: Mapping[str, Role], identities: set[str]) -> str:
@@ -265,9 +299,8 @@ def _analysis(
 
 def _covered(located: Located) -> int:
     """Parameters of the matrices that belong to a site."""
-    sketch, total = located.outline, 0
-    for role, linear in sketch.linears.items():
-        shape = tuple(sketch.graph.trace.module.get_parameter(linear.weight).shape)
-        rows = sum(stop - start for start, stop in located.site.roles[role].rows)
-        total += linear.copies * linear.shape(shape)[1] * rows
-    return total
+    parts: dict[tuple[str, _Part], int] = {}
+    for role, linear in located.outline.linears.items():
+        part = _part_of(located.outline, located.layout, role, located.site.roles[role].rows)
+        parts[linear.weight, part] = linear.copies * part.size
+    return sum(parts.values())

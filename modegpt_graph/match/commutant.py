@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from modegpt_graph.flow.labels import reachable, reduced_axes, shape_of
+from modegpt_graph.flow.elements import shape_of
+from modegpt_graph.flow.labels import reachable, reduced_axes
 from modegpt_graph.match.footprint import Footprint
 from modegpt_graph.match.sites import Commutant
 from modegpt_graph.trace.operations import Effect, effect, operation
@@ -40,7 +41,9 @@ def find_commutant(footprint: Footprint) -> Finding:
     """Read a site's commutant off what its operations do to the features."""
     flow, layout = footprint.flow, footprint.layout
     sides = [_side(operand, footprint) for operand in footprint.outline.operands]
-    nonlinear = [node for node in footprint.outline.region if node in flow.nonlinear]
+    nonlinear = [
+        node for node in footprint.outline.region if node in flow.nonlinear and not _is_one_for_a_group(node, footprint)
+    ]
     count = sum(any(node in side for node in nonlinear) for side in sides)
     coupled = _couplings(nonlinear, footprint)
     unknown = tuple(dict.fromkeys(operation(node) for node in flow.unknown))
@@ -54,6 +57,24 @@ def find_commutant(footprint: Footprint) -> Finding:
     else:
         commutant, block_size = "none", None
     return Finding(commutant, block_size, count, _between(footprint), coupled, not unknown, unknown)
+
+
+def _is_one_for_a_group(node: fx.Node, footprint: Footprint) -> bool:
+    """Whether a product multiplies all features of a group alike: it may differ from head to head."""
+    axes, labels = footprint.flow.scaled.get(node, ()), footprint.flow.labels.get(node)
+    if not axes or not isinstance(labels, Tensor):
+        return False
+    classes = footprint.flow.classes.of(labels)
+    place = torch.zeros_like(labels)
+    for axis in axes:
+        steps = torch.arange(labels.shape[axis]).view([-1 if a == axis else 1 for a in range(labels.ndim)])
+        place = place * labels.shape[axis] + steps
+    met = torch.stack([place.flatten(), classes.flatten()]).unique(dim=1)  # which feature stands at which factor
+    for fibre in footprint.one.fibres:
+        own = met[0, torch.isin(met[1], fibre)]
+        if (own.unique(return_counts=True)[1] != len(fibre.unique())).any():
+            return False
+    return True
 
 
 def _couplings(nodes: Sequence[fx.Node], footprint: Footprint) -> tuple[str, ...]:
@@ -98,13 +119,15 @@ def _side(operand: fx.Node, footprint: Footprint) -> set[fx.Node]:
 
 def _between(footprint: Footprint) -> tuple[str, ...]:
     names: list[str] = []
+    graph, match = footprint.outline.graph, footprint.outline.match
+    mix = graph.traced(match.operations["mix"]) if "mix" in match.operations else None
     for node in footprint.outline.region:
         if node not in footprint.flow.labels and effect(node) is not Effect.ATTENTION:
             continue
         kind = effect(node)
         if kind in TRANSPARENT:
             continue
-        name = "mix" if kind in (Effect.ATTENTION, Effect.PRODUCT_SUM) else operation(node).removesuffix("_")
+        name = "mix" if node is mix or kind is Effect.ATTENTION else operation(node).removesuffix("_")
         names.append(name)
     rotation = _rotation(footprint)
     if rotation:

@@ -6,51 +6,73 @@ from itertools import takewhile
 from torch import nn
 
 from modegpt_graph.trace.export import Trace
+from modegpt_graph.trace.graph import ELEMENTWISE
+from modegpt_graph.trace.operations import Effect, effect, operation
 
 
 def layer_of(model: nn.Module, parameter: str) -> tuple[str, int] | None:
-    """(list of layers, index in it) of the outermost repeated container that holds a parameter, None outside of one."""
+    """(list of layers, index in it) of the outermost repeated container that holds a parameter, None outside of one.
+
+    A sequence counts where what stands in that place has modules of its own: layers have, a projection has not.
+    """
     parts = parameter.split(".")
     module = model
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(module, nn.ModuleList):
+        inner = module.get_submodule(part)
+        listed = isinstance(module, nn.Sequential) and any(True for _ in inner.children())
+        if listed or isinstance(module, nn.ModuleList):
             return ".".join(parts[:depth]), int(part)
-        module = module.get_submodule(part)
+        module = inner
     return None
 
 
 def decoder_matrices(trace: Trace) -> dict[str, int]:
     """Weight matrices (two axes or more) of the decoder layers that the trace uses: name → layer, in model order.
 
-    Layers are numbered through where a model has several lists of them. A model without a list of layers is one layer;
-    its embedding and its output projection, the matrices that touch token ids and logits, are left out.
+    Layers are numbered through where a model has several lists of them. A model without a list of layers, or with most
+    of its matrices outside of lists (of heads, say), is one layer; its embedding and its output projection, which touch
+    token ids and logits, are left out.
     """
-    used = set(trace.state.values())
-    model = trace.module
-    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name in used}
-    places = {name: layer_of(model, name) for name in matrices}
-    if not any(places.values()):
-        inner = [name for name in matrices if not _touches_vocabulary(trace, name)]
-        return dict.fromkeys(inner, 0)
-    numbers: dict[tuple[str, int], int] = {}
-    return {name: numbers.setdefault(place, len(numbers)) for name, place in places.items() if place is not None}
+    numbers: dict[object, int] = {}
+    return {name: numbers.setdefault(place, len(numbers)) for name, place in _places(trace).items()}
 
 
 def decoder_layers(trace: Trace) -> tuple[str, ...]:
     """Paths of the decoder layers, by layer number; the model itself where it has no list of layers."""
-    paths: dict[int, str] = {}
-    for name, layer in decoder_matrices(trace).items():
-        place = layer_of(trace.module, name)
-        paths.setdefault(layer, "" if place is None else ".".join(filter(None, (place[0], str(place[1])))))
-    return tuple(paths[layer] for layer in sorted(paths))
+    places = dict.fromkeys(_places(trace).values())
+    return tuple("" if place is None else ".".join(filter(None, (place[0], str(place[1])))) for place in places)
 
 
-def _touches_vocabulary(trace: Trace, name: str) -> bool:
-    """Whether a parameter is an embedding table, or yields the logits."""
-    placeholder = next(key for key, value in trace.state.items() if value == name)
-    node = next(node for node in trace.graph.nodes if node.name == placeholder)
-    outputs = set(trace.graph.output_node().all_input_nodes)
-    return any(str(user.target).startswith("aten.embedding") or user in outputs for user in node.users)
+def _places(trace: Trace) -> dict[str, tuple[str, int] | None]:
+    """Decoder-layer matrix → its layer, None where the model is one."""
+    used = set(trace.state.values())
+    model = trace.module
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim >= 2 and name in used}
+    listed = {name: place for name in sizes if (place := layer_of(model, name)) is not None}
+    ends = _touching_vocabulary(trace)
+    inner = [name for name in sizes if name in listed or name not in ends]
+    if 2 * sum(sizes[name] for name in listed) < sum(sizes[name] for name in inner):
+        return dict.fromkeys((name for name in inner if name not in ends), None)
+    return dict(listed)
+
+
+def _touching_vocabulary(trace: Trace) -> set[str]:
+    """Parameters that are embedding tables, or yield the logits."""
+    near, queue = set(), list(trace.graph.output_node().all_input_nodes)
+    while queue:
+        node = queue.pop()
+        if node not in near:
+            near.add(node)
+            if effect(node) in ELEMENTWISE | {Effect.SAME, Effect.MOVE}:
+                queue += node.all_input_nodes
+    found = set()
+    for node in trace.graph.nodes:
+        if node.name in trace.state:
+            readers = [node, *(user for user in node.users if effect(user) in (Effect.SAME, Effect.MOVE))]
+            users = {user for reader in readers for user in reader.users}
+            if any(operation(user) == "embedding" or user in near for user in users):
+                found.add(trace.state[node.name])
+    return found
 
 
 def common_path(parameters: Iterable[str]) -> str:

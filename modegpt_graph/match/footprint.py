@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from modegpt_graph.flow.labels import Flow, Labels, follow, reachable, run_on_labels, shape_of
+from modegpt_graph.flow.elements import of_one_position, shape_of
+from modegpt_graph.flow.labels import Flow, Labels, follow, reachable, run_on_labels
 from modegpt_graph.flow.layout import Layout, LayoutError, build_layout, repeated
 from modegpt_graph.match.matcher import Match
 from modegpt_graph.trace.graph import Graph
@@ -66,7 +67,11 @@ class Outline:
             for node in self.region
         )
         ends = tuple(place(node) for node in (*self.operands, self.end))
-        return self.match.pattern.name, self.match.variant, linears, nodes, ends
+        named = tuple(
+            (name, place(self.graph.traced(key)))
+            for name, key in (*self.match.values.items(), *self.match.operations.items())
+        )
+        return self.match.pattern.name, self.match.variant, linears, nodes, ends, named
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,8 @@ def _followed(
     carriers = {role: (labels, labels - offsets[found.producers[role].weight]) for role, labels in carried.items()}
     for role, linear in found.consumers.items():
         labels = _labels_at(linear.source, flow)
-        carriers[role] = (labels.reshape(-1, labels.shape[-1])[0], torch.arange(labels.shape[-1]))
+        columns = _at_all_positions(labels.reshape(-1, labels.shape[-1])).squeeze(0)
+        carriers[role] = (columns, torch.arange(len(columns)))
     return flow, build_layout(_anchor(found, flow), flow.classes, carriers)
 
 
@@ -217,12 +223,22 @@ def _contract(end: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> None:
     query, key = (_labels_at(operand, flow) for operand in operands)
     if effect(end) is not Effect.ATTENTION:
         key = key.transpose(-1, -2)
-    query, key = query.narrow(-2, 0, 1), key.narrow(-2, 0, 1)
-    if query.ndim == key.ndim == 4 and query.shape[1] != key.shape[1]:
+    query, key = _at_all_positions(query), _at_all_positions(key)
+    if effect(end) is Effect.ATTENTION and query.shape[1] != key.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    if query.shape != key.shape:
-        raise LayoutError("query and key do not meet feature by feature")
+    try:
+        query, key = torch.broadcast_tensors(query, key)
+    except RuntimeError:
+        raise LayoutError("query and key do not meet feature by feature") from None
     flow.classes.join(query, key)
+
+
+def _at_all_positions(labels: Tensor) -> Tensor:
+    """(…, S, d) → (…, 1, d). Raises LayoutError where positions differ."""
+    one = of_one_position(labels)
+    if one is None:
+        raise LayoutError("at some positions the values that are consumed come from elsewhere")
+    return one
 
 
 def _anchor(found: Outline, flow: Flow) -> Tensor:
@@ -236,14 +252,15 @@ def _anchor(found: Outline, flow: Flow) -> Tensor:
         mix = graph.traced(match.operations["mix"])
         labels = _labels_at(arguments(mix)[2] if effect(mix) is Effect.ATTENTION else arguments(mix)[1], flow)
     else:
-        return _labels_at(operands[0], flow).reshape(-1, shape_of(operands[0])[-1])[:1]
-    labels = labels.narrow(-2, 0, 1).squeeze(-2)
+        labels = _labels_at(operands[0], flow)
+        labels = labels.reshape(1, -1, labels.shape[-1])
+    labels = _at_all_positions(labels).squeeze(-2)
     labels = labels.reshape(-1, labels.shape[-1])
-    # Products of features add up: those that come from elsewhere are another part of the scores.
+    # Products of features add up: those that come from elsewhere are another part of what is consumed.
     own = (labels >= 0).any(0)
     if not own.any():
         raise LayoutError("the features that are consumed first come from elsewhere")
-    return labels[:, own] if not match.pattern.decomposition.refit else labels
+    return labels[:, own]
 
 
 def _carriers(found: Outline, role: str, linear: Linear, starts: Mapping[fx.Node, Tensor], count: int) -> Tensor:

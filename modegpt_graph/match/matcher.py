@@ -17,6 +17,7 @@ from modegpt_graph.trace.operations import Effect
 
 LARGEST_PRODUCT = 6
 MOST_TRIES = 5_000  # of parts of one formula at one node: the orders of products within products multiply
+MOST_PARTS = 512  # of values side by side, that one form is tried behind
 MOST_IN_A_CHAIN = 64  # operations behind which a product or an attention is looked for
 
 
@@ -86,6 +87,7 @@ class Matcher:
         self.graph = graph
         self._root = cache(self._find_root)
         self._tries = 0
+        self._parts: dict[str, int] = {}  # of values side by side: the one that the way back goes through
 
     def find(self, pattern: Pattern) -> tuple[list[Match], list[Miss]]:
         """Every match of a pattern, and for every other candidate node its best near miss."""
@@ -93,32 +95,52 @@ class Matcher:
         for start in self._candidates(pattern):
             best: Miss | None = None
             for variant, form in pattern.forms().items():
-                try:
-                    self._tries = 0
-                    state = self._match(form, start, _State(), pattern)
-                    matches.append(Match(pattern, variant, state.linears, state.operations, state.values))
+                found, stop = self._attempts(form, start, pattern)
+                if found:
+                    matches += [Match(pattern, variant, one.linears, one.operations, one.values) for one in found]
                     best = None
                     break
-                except _Stopped as stop:
-                    state = stop.state
-                    roles = frozenset(state.linears) - {getattr(form, "name", None)}
-                    miss = Miss(
-                        pattern.name,
-                        variant,
-                        start,
-                        place_of(self.graph.traced(stop.node)),
-                        stop.expected,
-                        stop.found,
-                        state.matched,
-                        sum(not isinstance(part, Name) for part in parts_of(form)),
-                        state.linears,
-                        roles,
-                    )
+                if stop is not None:
+                    miss = self._miss(pattern, variant, form, start, stop)
                     if best is None or miss.matched > best.matched:
                         best = miss
             if best is not None:
                 misses.append(best)
         return matches, misses
+
+    def _attempts(self, form: Expression, start: str, pattern: Pattern) -> tuple[list[_State], _Stopped | None]:
+        """Every way in which a form stands at a node, or what stopped the one that got furthest.
+
+        Where the way back comes to several values side by side, it goes on from each of them.
+        """
+        found: list[_State] = []
+        best: _Stopped | None = None
+        queue: list[dict[str, int]] = [{}]
+        for self._parts in queue:
+            try:
+                self._tries = 0
+                found.append(self._match(form, start, _State(), pattern))
+            except _Stopped as stop:
+                if best is None or stop.state.matched > best.state.matched:
+                    best = stop
+                parts = self._carrying(stop.node)
+                spread = self.graph.effect(stop.node) is Effect.MOVE and len(parts) > 1
+                if spread and stop.node not in self._parts and len(queue) + len(parts) <= MOST_PARTS:
+                    queue += [{**self._parts, stop.node: number} for number in range(len(parts))]
+        self._parts = {}
+        return found, best
+
+    def _miss(self, pattern: Pattern, variant: str, form: Expression, start: str, stop: _Stopped) -> Miss:
+        state = stop.state
+        roles = frozenset(state.linears) - {getattr(form, "name", None)}
+        steps = sum(not isinstance(part, Name) for part in parts_of(form))
+        place = place_of(self.graph.traced(stop.node))
+        return Miss(
+            pattern.name, variant, start, place, stop.expected, stop.found, state.matched, steps, state.linears, roles
+        )
+
+    def _carrying(self, key: str) -> list[str]:
+        return [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
 
     def _candidates(self, pattern: Pattern) -> Iterator[str]:
         outermost = {form.name for form in pattern.forms().values() if isinstance(form, Apply)}
@@ -216,7 +238,7 @@ class Matcher:
 
     def _flatten(self, key: str, wanted: str) -> list[str]:
         """Factors of a product (or parts of a sum) with more than one source."""
-        carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+        carrying = self._carrying(key)
         if self.graph.operation(key) != wanted or len(carrying) < 2 or self._root(key) != key:
             return [key]
         return [part for operand in carrying for part in self._flatten(operand, wanted)]
@@ -242,17 +264,41 @@ class Matcher:
         return False
 
     def _meets_itself(self, key: str) -> bool:
-        carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+        carrying = self._carrying(key)
         is_product = self.graph.effect(key) is Effect.PRODUCT
         return is_product and (len(carrying) > 1 or self.graph.operation(key) not in ("mul", "div"))
 
     def _chain_source(self, form: Apply, key: str, state: _State) -> str:
-        """The one product with a matrix that everything in `key` comes from."""
+        """The one product with a matrix that everything in `key` comes from, with no attention in between."""
         sources = self._sources(key)
+        attention = next((node for node in self._behind(key) if self.graph.operation(node) in ("scores", "mix")), None)
+        if attention is not None:
+            raise _Stopped(attention, f"no attention behind `{form.name}`", self._describe(attention), state)
+        if not state.operations and (added := self._added(key)) is not None:
+            raise _Stopped(added, f"nothing but one matrix behind `{form.name}`", "a sum with other values", state)
         if len(sources) != 1:
             names = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
             raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names})", state)
         return sources[0]
+
+    def _added(self, key: str) -> str | None:
+        """A sum behind `key` with a value that comes from the model's inputs through no matrix: a residual stream."""
+        for node in [key, *self._behind(key)]:
+            operands = self.graph.operands(node)
+            if self.graph.effect(node) is Effect.SUM and any(self._comes_from_inputs(other) for other in operands):
+                return node
+        return None
+
+    def _comes_from_inputs(self, key: str) -> bool:
+        if self.graph.carries(key):
+            return False
+        queue, seen = [key], set()
+        while queue:
+            node = queue.pop()
+            if node not in seen:
+                seen.add(node)
+                queue += self.graph.operands(node)
+        return any(self.graph.traced(node).name in self.graph.trace.inputs for node in seen)
 
     def _sources(self, key: str) -> list[str]:
         """The nearest products with matrices that `key` comes from."""
@@ -326,15 +372,15 @@ class Matcher:
     def through_moves(self, key: str) -> str:
         """The value that data movement brought here."""
         while self.graph.effect(key) is Effect.MOVE:
-            carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
-            if len(carrying) != 1:
+            carrying = self._carrying(key)
+            if len(carrying) != 1 and key not in self._parts:
                 break
-            key = carrying[0]
+            key = carrying[self._parts.get(key, 0)]
         return key
 
     def _through_scaling(self, key: str) -> str:
         while self.graph.operation(key) in ("mul", "div"):
-            carrying = [operand for operand in self.graph.operands(key) if self.graph.carries(operand)]
+            carrying = self._carrying(key)
             if len(carrying) != 1:
                 break
             key = self.through_moves(carrying[0])

@@ -8,10 +8,10 @@ from modegpt_graph.match.decoder import decoder_matrices
 from modegpt_graph.match.matcher import Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.prepare import survey_model
+from modegpt_graph.match.products import attention_graph
 from modegpt_graph.match.sites import Site
 from modegpt_graph.models import ModelSource
 from modegpt_graph.progress import Progress
-from modegpt_graph.trace.graph import normalise
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def meet(source: ModelSource, pattern: Pattern, progress: Progress | None = None
     """Look for one pattern, and no other, in a model. No weights are read."""
     surveyed = survey_model(source, [pattern], progress)
     sites = surveyed.survey.analysis.sites
-    graph = normalise(surveyed.trace)
+    graph = attention_graph(surveyed.trace)
     taken = {role.parameter for site in sites for role in site.roles.values()}
     matrices = decoder_matrices(surveyed.trace)
     left = []

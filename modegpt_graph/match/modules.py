@@ -12,16 +12,17 @@ from modegpt_graph.flow.labels import Flow, follow
 from modegpt_graph.flow.layout import LayoutError
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
 from modegpt_graph.match.alike import parameters_of, relative, shape_of_call, structures
-from modegpt_graph.match.analyse import Survey
+from modegpt_graph.match.analyse import Survey, roles_of
 from modegpt_graph.match.decoder import common_path
-from modegpt_graph.match.footprint import Footprint, locate, outline, starts_of
+from modegpt_graph.match.footprint import Footprint, Outline, locate, outline, starts_of
 from modegpt_graph.match.matcher import Matcher
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.probe import random_blocks, selection_of
-from modegpt_graph.match.sites import Site
+from modegpt_graph.match.products import attention_graph
+from modegpt_graph.match.sites import Role, Site
 from modegpt_graph.trace.calls import Call, record_calls
 from modegpt_graph.trace.export import Trace, export
-from modegpt_graph.trace.graph import Graph, normalise
+from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.opaque import CacheCall
 
@@ -155,7 +156,7 @@ def _examined(
         trace = export(module, call)
         if sum(isinstance(said, CacheCall) for said in trace.calls) != len(call.cache_layers):
             raise ModegptError("not every cache that it updates is the one that the model hands on")
-        graph = normalise(trace)
+        graph = attention_graph(trace)
         found = _footprints(path, graph, sites, patterns)
     except ModegptError as error:
         return None, dict.fromkeys(range(len(sites)), f"its module cannot be traced on its own: {error}")
@@ -229,27 +230,36 @@ def _module_of(site: Site) -> str:
     return common_path(role.parameter for role in site.roles.values())
 
 
-def _matrices(path: str, site: Site) -> tuple[str, frozenset[tuple[str, str]]]:
-    """A site's pattern and its roles' matrices, named as its module names them."""
-    return site.pattern, frozenset((role, r.parameter.removeprefix(f"{path}.")) for role, r in site.roles.items())
+def _matrices(path: str, site: Site) -> object:
+    """A site's pattern and its roles' rows of matrices, named as its module names them."""
+    return _rows(site.pattern, {role: replace(r, parameter=_within(path, r)) for role, r in site.roles.items()})
 
 
-def _footprints(
-    path: str, graph: Graph, sites: Sequence[Site], patterns: Sequence[Pattern]
-) -> dict[tuple[str, frozenset[tuple[str, str]]], Footprint]:
-    """Pattern and matrices → where it stands, in the graph of one module."""
+def _within(path: str, role: Role) -> str:
+    return role.parameter.removeprefix(f"{path}.") if path else role.parameter
+
+
+def _rows(pattern: str, roles: Mapping[str, Role]) -> object:
+    return pattern, frozenset(roles.items())
+
+
+def _footprints(path: str, graph: Graph, sites: Sequence[Site], patterns: Sequence[Pattern]) -> dict[object, Footprint]:
+    """Pattern and rows of matrices → where it stands, in the graph of one module."""
     matcher = Matcher(graph)
-    found: dict[tuple[str, frozenset[tuple[str, str]]], Footprint] = {}
-    nearly = {_matrices(path, site) for site in sites if site.is_approximated}
+    found: dict[object, Footprint] = {}
+    nearly = {
+        (site.pattern, frozenset((role, _within(path, r)) for role, r in site.roles.items()))
+        for site in sites
+        if site.is_approximated
+    }
     for pattern in patterns:
         for match in matcher.find(pattern)[0]:
-            weights = {role: linear.weight for role, key in match.linears.items() if (linear := graph.linear(key))}
-            key = pattern.name, frozenset(weights.items())
             try:
-                footprint = locate(outline(graph, match), approximates=key in nearly)
+                sketch = outline(graph, match)
+                footprint = locate(sketch, approximates=_weights(pattern.name, sketch) in nearly)
             except LayoutError:
                 continue
-            found.setdefault(key, footprint)
+            found.setdefault(_rows(pattern.name, roles_of(sketch, footprint.one)), footprint)
     return found
 
 
@@ -262,6 +272,10 @@ def _assembled(path: str, graph: Graph, placed: Iterable[Placed]) -> SiteModule:
     flow = follow(region, starts, count, approximates=any(one.site.is_approximated for one in chosen))
     producers = {linear.weight: linear for linear in linears}
     return SiteModule(path, graph.trace, graph, chosen, producers, offsets, tuple(region), flow)
+
+
+def _weights(pattern: str, sketch: Outline) -> object:
+    return pattern, frozenset((role, linear.weight) for role, linear in sketch.linears.items())
 
 
 def _moved(known: SiteModule, path: str, module: nn.Module, call: Call, sites: Sequence[Site]) -> SiteModule:

@@ -19,7 +19,7 @@ from modegpt_graph.match.sites import Analysis
 from modegpt_graph.models import ModelSource
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.trace.calls import accepted_keywords
-from modegpt_graph.trace.export import Trace, export, whole_model_call
+from modegpt_graph.trace.export import Trace, TraceError, export, whole_model_call
 
 TOKENS = 7  # of the traced example: few, and a size that nothing else in a model has
 
@@ -80,17 +80,28 @@ def survey_model(
 ) -> Surveyed:
     """Trace a model without its weights and find its sites. approximate_norm: see `survey`.
 
-    The trace is in bfloat16, so that a cast back to the model's dtype is told from a cast to float32.
+    The trace is in bfloat16, so that a cast back to the model's dtype is told from a cast to float32; in the model's
+    own dtype where its code runs in no other (a table that it makes in float32 meets what is bfloat16).
     """
     progress = progress or NullProgress()
     with progress.stage("trace the model"):
-        skeleton: Any = source.skeleton().to(torch.bfloat16)
-        if source.config is not None:
-            skeleton.config._attn_implementation = "eager"
-        trace = export(skeleton, _call(skeleton, source.example_inputs))
+        try:
+            skeleton, trace = _traced(source, torch.bfloat16)
+        except TraceError:
+            skeleton, trace = _traced(source, None)
     with progress.stage("match and certify"):
         found = survey(trace, patterns, source.name, source.architecture, approximate_norm=approximate_norm)
     return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs, approximate_norm)
+
+
+def _traced(source: ModelSource, dtype: torch.dtype | None) -> tuple[nn.Module, Trace]:
+    """A model's skeleton, its real numbers in `dtype` (as they are where None), and its trace."""
+    skeleton: Any = source.skeleton()
+    if dtype is not None:
+        skeleton._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    if source.config is not None:
+        skeleton.config._attn_implementation = "eager"
+    return skeleton, export(skeleton, _call(skeleton, source.example_inputs))
 
 
 def _call(skeleton: nn.Module, example_inputs: tuple | None):

@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from modegpt_graph.flow.labels import constant_of, hint, shape_of
+from modegpt_graph.flow.elements import constant_of, hint, shape_of
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, ShrinkError, origins, select, shrink
 from modegpt_graph.match.footprint import Footprint
@@ -224,6 +224,8 @@ def run_region(region: Sequence[fx.Node], inputs: Mapping[fx.Node, Tensor], edit
         )
         # Kernels differ in how they lay their results out in memory; a view that the trace allows is a reshape here.
         target = torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
+        if getattr(getattr(target, "_schema", None), "is_mutable", False):  # what it writes into is read again here
+            filled_args = (filled_args[0].clone(), *filled_args[1:])
         values[node] = target(*filled_args, **filled_kwargs)
     return values
 

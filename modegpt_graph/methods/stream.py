@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import networkx
 
-from modegpt_graph.flow.labels import shape_of
+from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.methods.common import Setting, Unavailable
 from modegpt_graph.methods.matrices import MatrixModule, matrix_modules
 from modegpt_graph.methods.norms import Norm, recognise

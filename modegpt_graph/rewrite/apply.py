@@ -55,6 +55,7 @@ class _Matrix:
     bias: Tensor | None
     rows: Tensor
     columns: Tensor
+    first_bias: Tensor | None  # as it was: sites that are fitted again side by side each change it
 
     @classmethod
     def of(cls, linear: Linear, module: nn.Module, copy: int) -> "_Matrix":
@@ -65,7 +66,7 @@ class _Matrix:
             weight, bias = weight[copy], None if bias is None else bias[copy]
         weight = weight.T if linear.transposed else weight
         rows, columns = (torch.arange(size) for size in weight.shape)
-        return cls(linear, weight.clone(), None if bias is None else bias.clone(), rows, columns)
+        return cls(linear, weight.clone(), None if bias is None else bias.clone(), rows, columns, bias)
 
     def finished(self) -> tuple[Tensor, Tensor | None]:
         weight = self.weight[self.rows][:, self.columns]
@@ -215,9 +216,11 @@ def _select_columns(
         else:
             weight, bias = refit
             matrix.weight[:, targets.flatten()] = weight.flatten(0, 2).T.to(matrix.weight.dtype)
-            if bias is not None and matrix.bias is not None:
-                matrix.bias = bias.to(matrix.bias.dtype)
-    matrix.columns = _columns_that_stay(members, targets, matrix.weight.shape[1]).nonzero().flatten()
+            if bias is not None and matrix.bias is not None and matrix.first_bias is not None:
+                changed = matrix.bias.double() - matrix.first_bias.double()
+                matrix.bias = (bias + changed).to(matrix.bias.dtype)
+    stays = _columns_that_stay(members, targets, matrix.weight.shape[1])
+    matrix.columns = matrix.columns[stays[matrix.columns]]
 
 
 def refit_in(linear: nn.Linear, members: Tensor, layout: Layout, solution: Solution) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """Recalibration of a decomposed model: which consumers may change, and the solutions that come of it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -26,11 +27,22 @@ def recalibrated(
 ) -> dict[str, Solution]:
     """The solutions with consumers that fit what `smaller`, changed in place, really computes.
 
+    A consumer of several sites, which reads what they make side by side, is left as it is.
     smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
     sites have in the dense model, as all errors are.
     """
     places = _places(dense, smaller, modules)
-    may_change = {path: placed.site.id in solutions for path, (_, placed) in places.items()}
+    readers = Counter(
+        (one.path, product.weight)
+        for one in modules
+        for placed in one.placed
+        for product in placed.footprint.outline.consumers.values()
+    )
+    may_change = {
+        path: placed.site.id in solutions
+        and all(readers[one.path, product.weight] == 1 for product in placed.footprint.outline.consumers.values())
+        for path, (one, placed) in places.items()
+    }
     before = {path: smaller.get_parameter(f"{path}.weight").data for path in places}
     recalibrate(dense, smaller, layers, may_change, tokens, progress)
     found = dict(solutions)

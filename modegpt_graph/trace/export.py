@@ -14,10 +14,12 @@ from torch.export.graph_signature import InputKind
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.trace.calls import CacheSlot, Call, Slot
+from modegpt_graph.trace.contractions import spell_einsums
 from modegpt_graph.trace.fake import fake_cpu
 from modegpt_graph.trace.filled import join_filled
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 from modegpt_graph.trace.operations import Effect, effect
+from modegpt_graph.trace.spelling import merge_equal, spell_out
 
 
 class TraceError(ModegptError):
@@ -107,6 +109,9 @@ def export(module: nn.Module, call: Call) -> Trace:
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
                 join_filled(program.graph)
+            spell_einsums(program.graph)
+            spell_out(program.graph)
+            merge_equal(program.graph)
     except Exception as error:
         raise TraceError(f"{type(module).__name__}: {_reason(error)}") from error
     inputs, state, constants = {}, {}, {}

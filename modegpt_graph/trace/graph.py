@@ -88,7 +88,7 @@ def normalise(trace: Trace) -> Graph:
         if not is_data(node) or node in inner:
             continue
         operands = [names[operand] for operand in data_operands(node) if operand in names]
-        kind, name = effect(node), operation(node)
+        kind, name = effect(node), operation(node).removesuffix("_")  # what is written in place is a value like others
         linear = products.get(node)
         if linear is not None:
             names[node] = add(node.name, node, "linear", Effect.LINEAR, [names[linear.source]], linear=linear)

@@ -46,10 +46,10 @@ def test_so_is_each_that_is_a_module(analysed: Analysed, form: str) -> None:
 
 
 def test_a_softmax_over_an_experts_features_is_refused(analysed: Analysed) -> None:
-    analysis = analysed(lambda: experts.Decoder("softmax"))
-    assert not analysis.sites
-    down = next(one for one in analysis.unmatched if one.parameter == "layers.0.experts.down")
-    assert "it multiplies what comes from `softmax`" in down.reason, down.reason
+    sites = of_layer(analysed(lambda: experts.Decoder("softmax")), "mlp")
+    assert len(sites) == experts.EXPERTS
+    assert all(one.decomposition is None for one in sites)
+    assert sites[0].reason.startswith(f"refused: softmax over the {experts.HIDDEN} features"), sites[0].reason
 
 
 def test_one_scale_for_the_features_of_all_experts_is_refused(analysed: Analysed) -> None:

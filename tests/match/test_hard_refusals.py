@@ -39,7 +39,7 @@ def left(analysis: Analysis, matrix: str) -> str:
         (forms.neighbours, "refused: add: every feature depends on the others"),
         (forms.half_split_then_mixed, "refused: mul, neg and add: every feature depends on the others"),
         (forms.clipped_by_norm, "refused: linalg_vector_norm over the 8 features of a head: every feature depends"),
-        (forms.turned_all_together, "refused: the features cannot be followed to `matmul`"),
+        (forms.turned_all_together, "refused: matmul: every feature depends on the others"),
     ],
 )
 def test_features_that_meet_on_queries_and_keys(analysed: Analysed, position: Feature, reason: str) -> None:
@@ -98,14 +98,12 @@ def test_gate_and_up_that_share_rows_of_a_fused_projection(analysed: Analysed) -
 @pytest.mark.parametrize(
     ("hidden", "matrix", "reason"),
     [
-        (forms.squared_softmax, "up", "its product goes to `softmax`"),
         (
             forms.clamped_by_itself,
             "down",
             "expected the matrix `up`, found `minimum` in `blocks.0.inner` (hard_refusals.py:",
         ),
         (forms.added, "down", "it multiplies what comes from `add`"),
-        (forms.scaled, "down", "it multiplies what comes from `mul`"),
     ],
 )
 def test_what_is_no_activation_or_gate_is_left_with_the_reason(
@@ -116,16 +114,32 @@ def test_what_is_no_activation_or_gate_is_left_with_the_reason(
     assert reason in left(analysis, matrix)
 
 
-def test_parallel_blocks_are_two_sites_unless_one_matrix_reads_both(analysed: Analysed) -> None:
-    def block(joint: bool) -> Callable[[], nn.Module]:
-        return lambda: forms.Decoder(lambda: forms.Block(forms.Attention(), forms.MLP(forms.gated), joint))
+def test_a_softmax_that_stands_for_an_activation_is_named(analysed: Analysed) -> None:
+    one = site(mlp(analysed, forms.squared_softmax), "mlp")
+    assert (one.variant, one.decomposition) == ("other", None)
+    assert one.reason.startswith("refused: softmax over the 48 features")
 
-    apart, joint = analysed(block(False)), analysed(block(True))
-    assert apart.coverage == 1.0
-    assert {one.pattern for one in apart.sites} == {"query-key", "value-output", "gated-mlp"}
-    assert {one.pattern for one in joint.sites} == {"query-key"}
-    reasons = {one.parameter: one.reason for one in joint.unmatched}
-    assert "it multiplies what comes from `matmul` and `mul`" in reasons["blocks.0.joint.weight"]
+
+def test_a_scale_for_every_feature_in_place_of_an_activation_costs_the_svd(analysed: Analysed) -> None:
+    one = site(mlp(analysed, forms.scaled), "mlp")
+    assert (one.variant, one.commutant, one.decomposition) == ("other", "columns", "nystrom")
+
+
+@pytest.mark.parametrize("joint", [None, "side by side"])
+def test_parallel_blocks_are_sites_of_their_own_where_one_matrix_reads_both(
+    analysed: Analysed, joint: str | None
+) -> None:
+    analysis = analysed(lambda: forms.Decoder(lambda: forms.Block(forms.Attention(), forms.MLP(forms.gated), joint)))
+    assert analysis.coverage == 1.0
+    assert {one.pattern for one in analysis.sites} == {"query-key", "value-output", "gated-mlp"}
+    assert all(one.decomposition is not None for one in analysis.sites)
+
+
+def test_parallel_blocks_that_are_added_before_one_matrix_are_left(analysed: Analysed) -> None:
+    analysis = analysed(lambda: forms.Decoder(lambda: forms.Block(forms.Attention(), forms.MLP(forms.gated), "added")))
+    assert {one.pattern for one in analysis.sites} == {"query-key"}
+    reasons = {one.parameter: one.reason for one in analysis.unmatched}
+    assert "it multiplies what comes from `add`" in reasons["blocks.0.joint.weight"]
 
 
 def test_the_forms_run() -> None:

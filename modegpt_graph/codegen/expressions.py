@@ -132,6 +132,15 @@ def _pow(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> 
     return f"torch.pow({args[0]}, {args[1]})" if isinstance(raw[0], (int, float)) else None
 
 
+def _gather(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str | None:
+    """The form that broadcasts, where only the gathered axis differs in size: a table may come for one sequence."""
+    axis, (table, index) = raw[1], (tuple(node.meta["val"].shape) for node in (raw[0], raw[2]))
+    others = [place for place in range(len(table)) if place != axis % len(table)]
+    if kwargs or not isinstance(axis, int) or any(str(table[place]) != str(index[place]) for place in others):
+        return None
+    return f"torch.take_along_dim({args[0]}, {args[2]}, {axis})"
+
+
 def _neg(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[Any]) -> str:
     return f"-{atom(args[0])}"
 
@@ -187,6 +196,7 @@ def _layer_norm(args: Sequence[str], kwargs: Mapping[str, str], raw: Sequence[An
 _SPECIAL: dict[str, Callable[..., str | None]] = {
     "slice": _slice,
     "select": _select,
+    "gather": _gather,
     "neg": _neg,
     "pow": _pow,
     "dropout": _dropout,

@@ -56,7 +56,7 @@ _FORMS: Mapping[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {"glu": _glu, "pr
 
 
 def merge_equal(graph: fx.Graph) -> None:
-    """Make one node of those that apply the same operation to the same values. The graph is changed.
+    """Make one node of those that apply the same operation to the same values in one module. The graph is changed.
 
     A function that is written twice in a formula (`gate(x) * sigmoid(gate(x))`) is one value in the graph then.
     """
@@ -67,11 +67,17 @@ def merge_equal(graph: fx.Graph) -> None:
         leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
         if any(isinstance(leaf, (torch.SymInt, torch.Tensor)) for leaf in leaves):
             continue
-        key = (node.target, tuple((type(leaf), leaf) for leaf in leaves), structure)
+        key = (node.target, tuple((type(leaf), leaf) for leaf in leaves), structure, _module(node))
         first = known.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _module(node: fx.Node) -> str:
+    """Path of the innermost module in which a node is computed: what modules compute alike stays their own."""
+    places = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return places[-1] if places else ""
 
 
 def _is_pure(node: fx.Node) -> bool:

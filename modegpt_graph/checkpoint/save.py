@@ -20,7 +20,7 @@ from modegpt_graph.checkpoint.modeling import (
     modeling_source,
     remote_files,
 )
-from modegpt_graph.checkpoint.plan import FACTORY, Plan, make_plan, write_plan
+from modegpt_graph.checkpoint.plan import FACTORY, PLAN_FILE, Plan, make_plan, write_plan
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.models import ModelSource, can_generate
@@ -66,6 +66,8 @@ def save(
             if report is not None:
                 text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
                 (working / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+            for file in working.glob("*.safetensors"):
+                file.chmod((working / PLAN_FILE).stat().st_mode)  # the library keeps them from everybody else
         except (OSError, safetensors.SafetensorError) as error:
             raise ModegptError(f"{directory} could not be written: {error}") from error
 

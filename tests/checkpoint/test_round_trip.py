@@ -92,6 +92,12 @@ def test_the_state_and_the_cache_are_smaller(
     assert all(layer.keys.shape[-1] < dense_head and layer.values.shape[-1] < dense_head for layer in cache.layers)
 
 
+def test_all_files_may_be_read_by_the_same_people(saved: Mapping[str, Saved]) -> None:
+    files = list(saved[FAMILIES[0]].directory.iterdir())
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert len({file.stat().st_mode for file in files}) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tied_embeddings_stay_tied(saved: Mapping[str, Saved], loaded: Mapping[str, Any], family: str) -> None:
     one = saved[family]

@@ -43,7 +43,7 @@ def test_all_of_it_is_found_and_a_shuffled_rewrite_changes_nothing(style: str) -
 def test_what_is_saved_is_what_was_compressed(style: str, tmp_path: Path) -> None:
     model, example_inputs = styles.decoder(style)
     tokens = torch.randint(styles.VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(0))
-    result = mg.compress(model, 0.3, calibration=tokens, example_inputs=example_inputs, allocator="uniform")
+    result = mg.compress(model, 0.3, calibration=tokens, example_inputs=example_inputs)
     assert result.report.to_json()["compression"]["ratios"]["decoder_linear"] == pytest.approx(0.3, abs=0.03)
     result.save(tmp_path / "small")
     loaded = mg.load(tmp_path / "small", factory=lambda: styles.decoder(style))

@@ -13,7 +13,7 @@ from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import rewrite
-from modegpt_graph.rewrite.solution import Solution, taken
+from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
 
 
 def influences(
@@ -141,8 +141,10 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
         if footprint.outline.consumers:
             for role, linear in footprint.outline.consumers.items():
                 rows, bias = solution.refits[role]
-                spread = _spread(layout.members[role], sources, solution, rows)  # (N, D)
-                change(linear.weight, linear.transposed, _stored(spread, linear.experts))
+                stored = module.get_parameter(linear.weight).data
+                full = (stored if linear.transposed else stored.mT).flatten(0, -2).double().clone()  # (N, D)
+                full[layout.members[role].flatten()] = spread_rows(layout.size, sources, solution, rows)
+                change(linear.weight, linear.transposed, _stored(full, linear.experts))
                 if bias is not None and linear.bias is not None:
                     change(linear.bias, False, bias)
         else:
@@ -160,19 +162,6 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
     finally:
         for parameter, data in reversed(changed):
             parameter.data = data
-
-
-def _spread(members: Tensor, sources: Tensor, solution: Solution, rows: Tensor) -> Tensor:
-    """(N, D) what the smaller consumer does to the original features. members: (G, g, d); rows: (G, g, k, D)."""
-    heads = members.shape[1]
-    full = rows.new_zeros(members.numel(), rows.shape[-1])
-    if solution.maps:
-        basis = next(iter(solution.maps.values()))  # (G, 1, d, k)
-        full[members.flatten()] = (basis @ rows).flatten(0, 2)
-    else:
-        kept = members.gather(2, sources[:, None].expand(-1, heads, -1))
-        full[kept.flatten()] = rows.flatten(0, 2)
-    return full
 
 
 def _stored(spread: Tensor, experts: int | None) -> Tensor:

@@ -31,7 +31,7 @@ def recalibrated(
     smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
     sites have in the dense model, as all errors are.
     """
-    places = _places(dense, smaller, modules)
+    places = _places(smaller, modules)
     readers = Counter(
         (one.path, product.weight)
         for one in modules
@@ -64,9 +64,7 @@ def recalibrated(
     return found
 
 
-def _places(
-    dense: nn.Module, smaller: nn.Module, modules: Sequence[SiteModule]
-) -> dict[str, tuple[SiteModule, Placed]]:
+def _places(smaller: nn.Module, modules: Sequence[SiteModule]) -> dict[str, tuple[SiteModule, Placed]]:
     """Path of each consumer that is a linear module in the smaller model → its site."""
     places = {}
     for one in modules:

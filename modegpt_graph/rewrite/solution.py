@@ -80,6 +80,18 @@ def blocks_of(layout: Layout, counts: Sequence[int]) -> Tensor:
     return torch.cat(numbers, dim=1).gather(1, torch.cat(places, dim=1).argsort(dim=1))
 
 
+def spread_rows(size: int, sources: Tensor, solution: Solution, rows: Tensor) -> Tensor:
+    """(G·g·d, D) what a smaller consumer does to all features of a site, of which each group has `size`.
+
+    sources: (G, k) features that are kept.   rows: (G, g, k, D).
+    """
+    groups, heads, _, width = rows.shape
+    if solution.maps:
+        return (next(iter(solution.maps.values())) @ rows).flatten(0, 2)  # (G, 1, d, k) · (G, g, k, D)
+    full = rows.new_zeros(groups, heads, size, width)
+    return full.scatter(2, sources[:, None, :, None].expand(-1, heads, -1, width), rows).flatten(0, 2)
+
+
 def rank_of(kept: Sequence[Tensor], layout: Layout) -> int:
     """Features that each group keeps."""
     return sum(chosen.shape[1] * kind.block_size for chosen, kind in zip(kept, layout.kinds, strict=True))

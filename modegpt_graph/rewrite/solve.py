@@ -30,7 +30,7 @@ from modegpt_graph.rewrite.bounds import (
     ScoreBlocksBounds,
 )
 from modegpt_graph.rewrite.experts import Expert, ExpertsSolver, shrunk
-from modegpt_graph.rewrite.solution import Solution, taken
+from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
 from modegpt_graph.trace.linear import Linear
 
 
@@ -72,13 +72,8 @@ def consumer_error(problem: "Problem", members: Tensor, layout: Layout, solution
     members: (G, g, d) the consumer's input columns, for their shape alone.
     """
     rows, bias = solution.refits[problem.role]
-    groups, heads, size = members.shape
-    if solution.maps:
-        spread = next(iter(solution.maps.values())) @ rows  # (G, g, d, D)
-    else:
-        sources = taken(layout, solution.kept)[:, None, :, None].expand(-1, heads, -1, rows.shape[-1])
-        spread = rows.new_zeros(groups, heads, size, rows.shape[-1]).scatter(2, sources, rows)
-    whole, difference = problem.weight, problem.weight - spread.flatten(0, 2)
+    spread = spread_rows(members.shape[2], taken(layout, solution.kept), solution, rows)  # (N, D)
+    whole, difference = problem.weight, problem.weight - spread
     if problem.bias is not None and bias is not None:
         whole, difference = (
             torch.cat([w, b[None]]) for w, b in ((whole, problem.bias), (difference, problem.bias - bias))

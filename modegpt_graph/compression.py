@@ -125,7 +125,7 @@ class Prepared:
         name = name or PRESETS[self.preset].allocator
         with self.clock("allocate"):
             if name == "curves":
-                _ = self.decomposed.weights
+                _ = self.decomposed.divergences
         return name
 
     def build(self, ranks: Mapping[str, int], clock: Clock) -> Built:

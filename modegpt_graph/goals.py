@@ -41,8 +41,8 @@ def bytes_of(size: int | str) -> int:
 def within_perplexity(prepared: Prepared, increase: float, allocator: str | None, budget: str) -> Result:
     """The largest ratio at which perplexity on the held-out windows is at most `increase` (0.1 is 10 %) higher.
 
-    Predicted from Σ weight · error over the sites, which stands for the rise of the log-perplexity; each try is
-    measured, and corrects what is predicted next.
+    Predicted from the divergence that each site is expected to cause; the sum stands for the rise of the
+    log-perplexity. Each try is measured, and corrects what is predicted next.
     Raises InputError where nothing was held out, or not even the smallest ratio tried stays within.
     """
     check_request(None, allocator, prepared.preset, budget)
@@ -53,7 +53,7 @@ def within_perplexity(prepared: Prepared, increase: float, allocator: str | None
         raise InputError("no windows are left to measure perplexity on; calibrate on two windows at least")
     spread = prepared.allocator(allocator)
     with prepared.clock("allocate"):
-        _ = decomposed.weights
+        _ = decomposed.divergences
     with prepared.clock("search"), prepared.progress.stage("find the ratio"):
         dense = math.log(perplexity(decomposed.dense, held_out))
 

@@ -1,108 +1,221 @@
 #!/usr/bin/env python3
-"""Perplexity of a compressed model over ratios and allocators, as JSON and as a Markdown table.
+"""Perplexity from the paper's algorithms to ours, an idea at a time: what each gains and costs, in one run.
 
-    python tools/accuracy.py demo --calib valid.txt --text test.txt --out accuracy
+    python tools/accuracy.py demo --calib valid.txt --text test.txt --text alpaca.json --text self --out accuracy
 
-writes accuracy.json and accuracy.md, again after every figure: a run that is stopped keeps what it has found.
+All variants share one calibration and one count of parameters. Texts are files, data sets or `self`, text that the
+dense model samples. accuracy.json and accuracy.md are written again after every figure: a run that is stopped keeps
+what it has found.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from modegpt_graph.calibrate.text import evaluation_windows
-from modegpt_graph.compression import prepare
+from modegpt_graph.calibrate.sampling import sample_windows
+from modegpt_graph.calibrate.text import SELF, SELF_WINDOW, SELF_WINDOWS, evaluation_windows
+from modegpt_graph.compression import Prepared, prepare
 from modegpt_graph.evaluate import perplexity
-from modegpt_graph.models import resolve
+from modegpt_graph.evaluate.task_files import read_task
+from modegpt_graph.evaluate.tasks import accuracies
+from modegpt_graph.models import forward_logits, positions_of, resolve
+from modegpt_graph.progress import Clock
+from modegpt_graph.rewrite.decomposed import Decomposed, decompose
+from modegpt_graph.rewrite.presets import PRESETS, Preset
+
+PAPER, OURS = PRESETS["paper"], PRESETS["default"]
+REFITTED = replace(OURS, recipe=replace(OURS.recipe, score="paper"))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    prepared = prepare(
-        resolve(arguments.model),
-        calibration=arguments.calib,
-        windows=arguments.windows,
-        window=arguments.window,
-        evaluating=False,
-        seed=arguments.seed,
-    )
-    tokens = evaluation_windows(arguments.text, prepared.tokenizer, arguments.eval_window, arguments.eval_windows)
-    found: dict[str, Any] = {
-        "model": arguments.model,
-        "calibration": _size(arguments.calib, prepared.text.tokens),
-        "fallback_reason": prepared.text.fallback_reason,
-        "evaluation": _size(arguments.text, tokens),
-        "seed": arguments.seed,
-        "seconds": prepared.clock.seconds,  # of what all ratios have in common
-        "dense_perplexity": perplexity(prepared.decomposed.dense, tokens),
-        "results": [],
-    }
-    print(f"dense: {found['dense_perplexity']:.2f}", flush=True)
-    for allocator in arguments.allocators:
-        for ratio in arguments.ratios:
-            start = time.perf_counter()
-            result = prepared.at(ratio, allocator)
-            seconds = time.perf_counter() - start
-            assert result.report.outcome is not None
-            one = {
-                "allocator": allocator,
-                "ratio": ratio,
-                "removed": result.report.outcome.ratios.decoder_linear,
-                "perplexity": perplexity(result.model, tokens),
-                "seconds": seconds,
-            }
-            found["results"].append(one)
-            write(found, arguments.out)
-            print(f"{allocator} at {ratio:g}: {one['perplexity']:.2f} ({seconds:.0f} s)", flush=True)
-    return found
+@dataclass(frozen=True)
+class Variant:
+    """said: what it has more than the one above it."""
+
+    said: str
+    preset: Preset
+    allocator: str
+    recalibrates: bool = False
 
 
-def table(found: dict[str, Any]) -> str:
-    """One row an allocator, one column a ratio."""
-    results = found["results"]
-    ratios = sorted({one["ratio"] for one in results})
-    values = {(one["allocator"], one["ratio"]): one["perplexity"] for one in results}
-    rows = [
-        ["allocator", "dense", *(f"{ratio:g}" for ratio in ratios)],
-        ["---", "--:", *("--:" for _ in ratios)],
-    ]
-    for allocator in dict.fromkeys(one["allocator"] for one in results):
-        cells = (values.get((allocator, ratio)) for ratio in ratios)
-        rows.append(
-            [
-                allocator,
-                f"{found['dense_perplexity']:.2f}",
-                *("" if value is None else f"{value:.2f}" for value in cells),
-            ]
+VARIANTS: Mapping[str, Variant] = {
+    "paper-uniform": Variant("the paper's algorithms, uniform", PAPER, "uniform"),
+    "paper": Variant("the paper to the letter: Block Influence", PAPER, "block-influence"),
+    "refits": Variant("value/output by what heads put out, biases and a ridge in refits", REFITTED, "block-influence"),
+    "greedy": Variant("query/key pairs chosen greedily", OURS, "block-influence"),
+    "one-shot": Variant("allocation by error curves and measured weights", OURS, "curves"),
+    "default": Variant("recalibration: all that is ours", OURS, "curves", recalibrates=True),
+    "uniform": Variant("all that is ours, but uniform", OURS, "uniform", recalibrates=True),
+}
+
+
+class Run:
+    """One model, its calibration and its texts; figures are added to `found` as they come."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.prepared: Prepared = prepare(
+            resolve(arguments.model),
+            calibration=arguments.calib,
+            windows=arguments.windows,
+            window=arguments.window,
+            evaluating=False,
+            seed=arguments.seed,
+            preset="paper",  # its calibration serves every variant
         )
-    head = (
-        f"Perplexity of {found['model']}: calibrated on {found['calibration']}, evaluated on {found['evaluation']}, "
-        f"seed {found['seed']}."
+        dense = self.prepared.decomposed.dense
+        self.texts = {Path(text).stem: self._tokens(text, dense) for text in arguments.text}
+        self.tasks = [read_task(task, arguments.questions) for task in arguments.tasks]
+        start = time.perf_counter()
+        for window in self.prepared.text.tokens.split(1):
+            with torch.no_grad():
+                forward_logits(dense, window)
+        self.forward = time.perf_counter() - start
+        self.found: dict[str, Any] = {
+            "model": arguments.model,
+            "calibration": _size(arguments.calib, self.prepared.text.tokens),
+            "fallback_reason": self.prepared.text.fallback_reason,
+            "evaluation": [_size(name, tokens) for name, tokens in self.texts.items()],
+            "seed": arguments.seed,
+            "forward_seconds": self.forward,
+            "calibrate_seconds": self.prepared.clock.seconds["calibrate"],
+            "results": [],
+        }
+
+    def _tokens(self, text: str, dense: nn.Module) -> Tensor:
+        a = self.arguments
+        if text == SELF:
+            return sample_windows(dense, SELF_WINDOWS, SELF_WINDOW, a.seed + 1)  # not what is calibrated on
+        window = min(a.eval_window, positions_of(dense) or a.eval_window)
+        return evaluation_windows(text, self.prepared.tokenizer, window, a.eval_windows)
+
+    def measure(self) -> dict[str, Any]:
+        self._add("dense", 0.0, self.prepared.decomposed.dense)
+        made: tuple[Preset | None, Decomposed] = None, self.prepared.decomposed
+        for name in self.arguments.variants:
+            variant, clock = VARIANTS[name], Clock()
+            with clock("decompose"):
+                if made[0] != variant.preset:
+                    made = variant.preset, self._decomposed(variant.preset)
+            one = replace(self.prepared, decomposed=made[1], recalibrates=variant.recalibrates)
+            for ratio in self.arguments.ratios:
+                with clock("allocate"):
+                    ranks = one.decomposed.ranks(ratio, variant.allocator)
+                model = one.build(ranks, clock).model
+                self._add(name, ratio, model, one.decomposed.removed(ranks) / one.decomposed.total, clock.seconds)
+                clock = Clock()
+        return self.found
+
+    def _decomposed(self, preset: Preset) -> Decomposed:
+        of = self.prepared.decomposed
+        return decompose(of.dense, of.surveyed, of.modules, of.layers, of.observed, of.tokens, of.costs, preset=preset)
+
+    def _add(
+        self,
+        name: str,
+        ratio: float,
+        model: nn.Module,
+        removed: float = 0.0,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        values = {text: perplexity(model, tokens) for text, tokens in self.texts.items()}
+        right = accuracies(model, self.prepared.tokenizer, self.tasks) if self.tasks else ()
+        self.found["results"].append(
+            {
+                "variant": name,
+                "ratio": ratio,
+                "removed": removed,
+                "perplexity": values,
+                "tasks": [asdict(one) for one in right],
+                "seconds": dict(seconds or {}),
+            }
+        )
+        write(self.found, self.arguments.out)
+        print(f"{name} at {ratio:g}: " + ", ".join(f"{value:.2f} {text}" for text, value in values.items()), flush=True)
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """For every text one row a variant, one column a ratio; what each costs; every task."""
+    dense, *results = found["results"]
+    ratios = sorted({one["ratio"] for one in results})
+    variants = list(dict.fromkeys(one["variant"] for one in results))
+    of = {(one["variant"], one["ratio"]): one for one in results}
+    shown = [
+        f"{found['model']}: calibrated on {found['calibration']}, evaluated on {'; '.join(found['evaluation'])}, "
+        f"seed {found['seed']}. In brackets: the loss in log-perplexity over that of the paper's algorithms.\n"
+    ]
+    for text, best in dense["perplexity"].items():
+
+        def cell(name: str, ratio: float, text: str = text, best: float = best) -> str:
+            if (name, ratio) not in of:
+                return ""
+            value, paper = of[name, ratio]["perplexity"][text], of.get(("paper", ratio))
+            if paper is None:
+                return f"{value:.2f}"
+            return f"{value:.2f} ({math.log(value / best) / math.log(paper['perplexity'][text] / best):.2f})"
+
+        rows = [[name, VARIANTS[name].said, *(cell(name, ratio) for ratio in ratios)] for name in variants]
+        shown.append(f"**{text}**, dense {best:.2f}\n")
+        shown.append(_markdown(["variant", "with", *(f"{ratio:g}" for ratio in ratios)], rows))
+    shown.append(
+        f"Cost in forward passes over the calibration text ({found['forward_seconds']:.1f} s each), beside the "
+        f"calibration's {found['calibrate_seconds'] / found['forward_seconds']:.2f}:\n"
     )
-    return "\n".join([head, "", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    rows = []
+    for name in variants:
+        seconds = [one["seconds"] for one in results if one["variant"] == name]
+        once = seconds[0]["decompose"] + seconds[0]["allocate"]  # later ratios find the weights measured
+        each = sum(sum(one.values()) - one.get("decompose", 0.0) - one["allocate"] for one in seconds) / len(seconds)
+        rows.append([name, *(f"{value / found['forward_seconds']:.2f}" for value in (once, each))])
+    shown.append(_markdown(["variant", "once", "for each ratio"], rows))
+    if dense["tasks"]:
+        head = ["variant", "ratio", *(task["name"] for task in dense["tasks"])]
+        rows = [
+            [
+                one["variant"],
+                f"{one['ratio']:g}",
+                *(f"{100 * task['normalised']:.1f} ± {100 * task['normalised_error']:.1f}" for task in one["tasks"]),
+            ]
+            for one in found["results"]
+        ]
+        shown.append("Zero-shot accuracy by length-normalised log-likelihood, in per cent:\n")
+        shown.append(_markdown(head, rows))
+    return "\n".join(shown)
 
 
-def write(found: dict[str, Any], out: Path | None) -> None:
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write(found: Mapping[str, Any], out: Path | None) -> None:
     if out is not None:
         out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(table(found), encoding="utf-8")
+        if len(found["results"]) > 1:
+            out.with_suffix(".md").write_text(tables(found), encoding="utf-8")
 
 
-def _size(text: str, tokens: torch.Tensor) -> str:
+def _size(text: str, tokens: Tensor) -> str:
     return f"{tokens.shape[0]:,} windows of {tokens.shape[1]:,} tokens of {Path(text).name}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", nargs="?", default="demo", help="hub id, folder, .gguf file or demo")
-    parser.add_argument("--calib", required=True, help="calibration text: a file or a data set's name")
-    parser.add_argument("--text", required=True, help="text to evaluate on: a file or a data set's name")
+    parser.add_argument("--calib", required=True, help="calibration text: a file or a data set's name, or self")
+    parser.add_argument("--text", action="append", required=True, help="text to evaluate on; may be given again")
+    parser.add_argument("--tasks", nargs="+", default=[], help="task files (.jsonl), as for eval")
+    parser.add_argument("--questions", type=int, help="of each task; all without")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--allocators", nargs="+", default=["curves"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--eval-windows", type=int, default=10)
@@ -113,7 +226,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    print("\n" + table(measure(arguments)), end="")
+    print("\n" + tables(Run(arguments).measure()), end="")
     return 0
 
 

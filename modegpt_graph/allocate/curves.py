@@ -13,25 +13,23 @@ from modegpt_graph.errors import InputError
 def allocate_by_curves(
     items: Sequence[Item],
     curves: Mapping[str, Tensor],
-    weights: Mapping[str, float],
     total: int,
     ratio: float,
     of: str = PARAMETERS,
     *,
     tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
-    """Ranks that minimise Σ weight · error(rank) while `ratio` of `total` goes.
+    """Ranks that minimise Σ cost(rank) while `ratio` of `total` goes.
 
     of: what `total` counts, in words.   tolerance: how far from the ratio what goes may be.
-    curves: error of every item at rank 0..full_rank, (full_rank + 1,).   weights: what a unit of that error costs the
-    model. Every curve is replaced by its lower convex hull over the allowed ranks; taking hull segments in the order of
-    their cost per parameter is the optimum of the Lagrangian for every budget at once. The last segment is walked rank
-    by rank.
+    curves: cost of every item at rank 0..full_rank, (full_rank + 1,). Every curve is replaced by its lower convex hull
+    over the allowed ranks; taking hull segments in the order of their cost per parameter is the optimum of the
+    Lagrangian for every budget at once. The last segment is walked rank by rank.
     Raises InputError where the budget cannot be met within 0.5 percentage points or a curve is not finite.
     Source: Shoham and Gersho (1988), bit allocation by convex hulls.
     """
     target = removal_target(items, total, ratio, of)
-    costs = {item.id: _costs(item, curves[item.id], weights[item.id]) for item in items}
+    costs = {item.id: _costs(item, curves[item.id]) for item in items}
     ranks = {item.id: item.full_rank for item in items}
     hulls = {item.id: _hull(item, costs[item.id]) for item in items}
     queue: list[tuple[float, int, int]] = []  # (cost per parameter, index of the item, next hull point)
@@ -57,19 +55,12 @@ def allocate_by_curves(
     return meet(items, ranks, target, total, penalty, tolerance)
 
 
-def weighted_error(
-    items: Sequence[Item], curves: Mapping[str, Tensor], weights: Mapping[str, float], ranks: Mapping[str, int]
-) -> float:
-    """Σ weight · error(rank), what `allocate_by_curves` minimises."""
-    return sum(weights[item.id] * float(curves[item.id][ranks[item.id]]) for item in items)
-
-
-def _costs(item: Item, curve: Tensor, weight: float) -> list[float]:
+def _costs(item: Item, curve: Tensor) -> list[float]:
     if len(curve) != item.full_rank + 1:
-        raise ValueError(f"{item.id}: {len(curve)} errors for ranks 0..{item.full_rank}")
-    if not bool(torch.isfinite(curve).all()) or not 0 <= weight < float("inf"):
-        raise InputError(f"{item.id}: its error curve or its weight ({weight:g}) is not finite and non-negative")
-    return (curve.double() * weight).tolist()
+        raise ValueError(f"{item.id}: {len(curve)} costs for ranks 0..{item.full_rank}")
+    if not bool(torch.isfinite(curve).all()):
+        raise InputError(f"{item.id}: what it costs is not finite")
+    return curve.double().tolist()
 
 
 def _hull(item: Item, costs: list[float]) -> list[int]:

@@ -33,19 +33,19 @@ class Memory:
         self.store.keep_statistics(self.key, calibrated, time.perf_counter() - start)
         return calibrated
 
-    def weights(self, sites: Iterable[str], how: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What a unit of each site's error does to the logits. how: the algorithms that the errors are of."""
+    def divergences(self, sites: Iterable[str], how: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What each site does to the logits. how: the algorithms that make it smaller."""
         if self.store is None:
             return measure()
-        key = hashlib.blake2b(f"{self.key} weights {how}".encode(), digest_size=20).hexdigest()
+        key = hashlib.blake2b(f"{self.key} divergences {how}".encode(), digest_size=20).hexdigest()
         found = self.store.numbers(key, sites)
         if found is not None:
             self.said.append(_sentence("What sites do to the logits", found[1]))
             return found[0]
         start = time.perf_counter()
-        weights = measure()
-        self.store.keep_numbers(key, weights, time.perf_counter() - start)
-        return weights
+        divergences = measure()
+        self.store.keep_numbers(key, divergences, time.perf_counter() - start)
+        return divergences
 
 
 def _sentence(what: str, seconds: float) -> str:

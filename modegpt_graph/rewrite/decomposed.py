@@ -18,8 +18,18 @@ from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.budget import site_items
 from modegpt_graph.rewrite.costs import BUDGETS, Costs
+from modegpt_graph.rewrite.expected import expected_divergences
+from modegpt_graph.rewrite.influence import influences
 from modegpt_graph.rewrite.presets import PRESETS, Preset
-from modegpt_graph.rewrite.ranks import block_ranks, curve_ranks, layer_ranks, outlier_ranks, site_weights
+from modegpt_graph.rewrite.ranks import (
+    block_ranks,
+    curve_ranks,
+    half_rank_divergences,
+    half_ranks,
+    layer_ranks,
+    outlier_ranks,
+    probe_tokens,
+)
 from modegpt_graph.rewrite.recalibrated import recalibrated
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import Solver
@@ -49,15 +59,29 @@ class Decomposed:
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
     @cached_property
-    def weights(self) -> dict[str, float]:
-        """KL divergence per unit of each site's error: measured when first asked for, then kept for all ratios."""
+    def divergences(self) -> dict[str, dict[int, float]]:
+        """Site → rank → KL divergence in nats per token that the site alone causes.
+
+        Measured at half rank when first asked for, and at further ranks by allocations that need them.
+        """
 
         def measure() -> dict[str, float]:
-            return site_weights(
+            return half_rank_divergences(
                 self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress
             )
 
-        return self.memory.weights([item.id for item in self.items], self.how, measure)
+        found = self.memory.divergences([item.id for item in self.items], self.how, measure)
+        return {site: {rank: found[site]} for site, rank in half_ranks(self.items).items()}
+
+    def _diverging(self, ranks: Mapping[str, int]) -> dict[str, float]:
+        """The divergence of sites at these ranks, each alone."""
+        new = {site: rank for site, rank in ranks.items() if rank not in self.divergences[site]}
+        probes = {site: self.solvers[site].solution(rank) for site, rank in new.items()}
+        few = probe_tokens(self.tokens)
+        found = influences(self.dense, self.modules, self.layers, probes, few, self.progress) if probes else {}
+        for site, divergence in found.items():
+            self.divergences[site][new[site]] = divergence
+        return {site: self.divergences[site][rank] for site, rank in ranks.items()}
 
     @property
     def total(self) -> int:
@@ -92,7 +116,8 @@ class Decomposed:
         items = [item for item in self.costs.items(self.items, budget) if item.id not in without]
         total, of = self.costs.totals[budget], BUDGETS[budget]
         if allocator == "curves":
-            ranks = curve_ranks(items, self.solvers, self.weights, total, ratio, of, tolerance)
+            first = {site: {rank: self.divergences[site][rank]} for site, rank in half_ranks(self.items).items()}
+            ranks = curve_ranks(items, self.solvers, first, self._diverging, total, ratio, of, tolerance)
         elif allocator == "split-influence":
             ranks = block_ranks(items, *self.blocks, self.observed.importance, total, ratio, of, tolerance)
         elif allocator == "owl":
@@ -133,11 +158,11 @@ class Decomposed:
         return reachable_ratio(self.costs.items(self.items, budget), self.costs.totals[budget])
 
     def expected_divergence(self, ranks: Mapping[str, int]) -> float:
-        """Σ weight · error(rank): the KL divergence in nats per token that these ranks are expected to cause.
-
-        As if the sites' effects added up, each being linear in its error.
-        """
-        return sum(self.weights[item.id] * float(self.solvers[item.id].errors[ranks[item.id]]) for item in self.items)
+        """The KL divergence in nats per token that these ranks are expected to cause, as if the sites' own added up."""
+        return sum(
+            float(expected_divergences(self.solvers[site].errors, measured)[ranks[site]])
+            for site, measured in self.divergences.items()
+        )
 
 
 def decompose(

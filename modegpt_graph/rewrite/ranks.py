@@ -1,7 +1,7 @@
 """How the ratio is spread over the sites: the allocators by name."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,16 +14,18 @@ from modegpt_graph.allocate.outliers import outlier_ratios
 from modegpt_graph.calibrate.blocks import Block
 from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.progress import Progress
+from modegpt_graph.rewrite.expected import expected_divergences, is_told
 from modegpt_graph.rewrite.influence import influences
 from modegpt_graph.rewrite.solve import Solver
 
 ALLOCATORS = ("curves", "block-influence", "split-influence", "owl", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives
-PROBE_WINDOWS, PROBE_WINDOW = 2, 160  # tokens that sites are weighed on
+PROBE_WINDOWS, PROBE_WINDOW = 2, 160  # tokens that sites are measured on
 PROBE_LAYERS = 32  # of each kind of site
 SMOOTH = 0.25  # how far, in logarithms, layers that are interpolated may be from what their neighbours predict
 TINY = 1e-9  # nats; a smaller divergence is rounding
-PROBE_RANK = 0.5  # share of the features that a site keeps while it is weighed
+PROBE_RANK = 0.5  # share of the features that a site keeps while it is first measured
+ROUNDS = 6  # of ranks that what was measured does not tell of
 
 
 def layer_ranks(
@@ -88,18 +90,44 @@ def outlier_ranks(
 def curve_ranks(
     items: Sequence[Item],
     solvers: Mapping[str, Solver],
-    weights: Mapping[str, float],
+    measured: Mapping[str, Mapping[int, float]],
+    measure: Callable[[Mapping[str, int]], Mapping[str, float]],
     total: int,
     ratio: float,
     of: str = PARAMETERS,
     tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
-    """Ranks that minimise the summed KL divergence that the sites' errors are expected to cause."""
-    curves = {site: one.errors for site, one in solvers.items()}
-    return allocate_by_curves(items, curves, weights, total, ratio, of, tolerance=tolerance)
+    """Ranks that minimise the summed KL divergence that the sites' errors are expected to cause.
+
+    measured: site → rank → divergence.   measure: from sites at ranks that this does not tell of to their divergence;
+    with it the ranks are found again, ROUNDS times at most.
+    """
+    known = {item.id: dict(measured[item.id]) for item in items}
+    for last in (*[False] * ROUNDS, True):
+        costs = {site: expected_divergences(solvers[site].errors, own) for site, own in known.items()}
+        ranks = allocate_by_curves(items, costs, total, ratio, of, tolerance=tolerance)
+        doubtful = {
+            site: ranks[site] for site, own in known.items() if not is_told(solvers[site].errors, own, ranks[site])
+        }
+        if last or not doubtful:
+            break
+        for site, divergence in measure(doubtful).items():
+            known[site][ranks[site]] = divergence
+    return ranks
 
 
-def site_weights(
+def half_ranks(items: Sequence[Item]) -> dict[str, int]:
+    """Where sites are measured first."""
+    return {item.id: item.nearest(item.full_rank * PROBE_RANK) for item in items}
+
+
+def probe_tokens(tokens: Tensor) -> Tensor:
+    """A few short windows of calibration tokens (windows, window), on which sites are measured."""
+    spread = torch.linspace(0, len(tokens) - 1, min(PROBE_WINDOWS, len(tokens))).round().long()
+    return tokens[spread, :PROBE_WINDOW]
+
+
+def half_rank_divergences(
     model: nn.Module,
     modules: Sequence[SiteModule],
     layers: Sequence[str],
@@ -108,26 +136,23 @@ def site_weights(
     tokens: Tensor,
     progress: Progress,
 ) -> dict[str, float]:
-    """KL divergence per unit of a site's error, measured with each site alone at half rank.
+    """KL divergence that each site alone causes at half rank.
 
     Of sites of one kind every second layer is measured first. Where those predict each other, the layers between them
     are interpolated; else they are measured too, PROBE_LAYERS of each kind at most, so that the cost does not grow with
     depth.
     tokens: (windows, window) calibration tokens, of which a few short windows are used.
     """
-    spread = torch.linspace(0, len(tokens) - 1, min(PROBE_WINDOWS, len(tokens))).round().long()
-    half = {item.id: item.nearest(item.full_rank * PROBE_RANK) for item in items}
+    half, few = half_ranks(items), probe_tokens(tokens)
     patterns = {placed.site.id: placed.site.pattern for one in modules for placed in one.placed}
     kinds: dict[tuple[str, int, int], list[Item]] = {}
     for item in items:
         kinds.setdefault((patterns[item.id], item.full_rank, item.cost_per_rank), []).append(item)
     divergences: dict[str, float] = {}
-    errors: dict[str, float] = {}
 
     def measure(chosen: Iterable[Item]) -> None:
         probes = {item.id: solvers[item.id].solution(half[item.id]) for item in chosen if item.id not in divergences}
-        divergences.update(influences(model, modules, layers, probes, tokens[spread, :PROBE_WINDOW], progress))
-        errors.update({site: solution.relative_error or 0.0 for site, solution in probes.items()})
+        divergences.update(influences(model, modules, layers, probes, few, progress))
 
     def known(alike: Sequence[Item]) -> dict[int, float]:
         return {item.layer or 0: divergences[item.id] for item in alike if item.id in divergences}
@@ -137,14 +162,11 @@ def site_weights(
     measure(item for kind, alike in kinds.items() for item in alike if (item.layer or 0) in first[kind])
     rough = [kind for kind, alike in kinds.items() if roughness(known(alike)) > SMOOTH]
     measure(item for kind in rough for item in kinds[kind] if (item.layer or 0) in wanted[kind])
-    weights = {}
     for alike in kinds.values():
         points = known(alike)
         for item in alike:
-            divergence = divergences.get(item.id, interpolated(points, item.layer or 0))
-            error = errors.get(item.id, float(solvers[item.id].errors[half[item.id]]))
-            weights[item.id] = divergence / max(error, 1e-12)
-    return weights
+            divergences.setdefault(item.id, interpolated(points, item.layer or 0))
+    return divergences
 
 
 def probed(layers: Sequence[int]) -> list[int]:

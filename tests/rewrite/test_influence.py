@@ -123,9 +123,9 @@ def test_a_site_that_costs_more_keeps_more() -> None:
             self.errors = (1 - torch.arange(size + 1) / size).double().square()
 
     solvers = {item.id: Straight(item.full_rank) for item in items}
-    weights = {items[0].id: 4.0, items[1].id: 1.0}
+    measured = {item.id: {item.full_rank // 2: weight} for item, weight in zip(items, (4.0, 1.0), strict=True)}
     total = sum(item.removed(0) for item in items)
-    ranks = curve_ranks(items, solvers, weights, total, 0.4)
+    ranks = curve_ranks(items, solvers, measured, lambda doubtful: pytest.fail(f"{doubtful} are told"), total, 0.4)
     lost = [1 - ranks[item.id] / item.full_rank for item in items]
     # The optimum of Σ w·x² under Σ x = const has w·x equal everywhere.
     assert lost[1] == pytest.approx(4 * lost[0], abs=2 / items[0].full_rank * 4)

@@ -107,21 +107,35 @@ def _analyze(row: Row) -> None:
 
 
 def _attention(trace: Any) -> str:
-    """How positions are mixed: by a softmax over scores in all layers and by nothing else, in some, or in none."""
+    """How positions are mixed: by weights of a softmax in all layers and by nothing else, in some, or in none."""
     from modegpt_graph.match.decoder import decoder_layers
-    from modegpt_graph.trace.graph import normalise
+    from modegpt_graph.match.products import attention_graph
 
     layers = decoder_layers(trace)
-    graph = normalise(trace)
+    graph = attention_graph(trace)
     attending, others = set(), False
     for key in graph.nodes:
         others |= "conv" in graph.operation(key)
         if graph.operation(key) == "mix":
+            others |= not _is_of_softmax(graph, graph.operands(key)[0])
             stack = graph.traced(key).meta.get("nn_module_stack") or {}
             attending |= {where.removeprefix("module.") for where, _ in stack.values()} | {""}
-    if not attending:
-        return "none"
-    return "all" if attending.issuperset(layers) and not others else "some"
+    if attending.issuperset(layers) and not others:
+        return "all"
+    return "some" if attending else "none"
+
+
+def _is_of_softmax(graph: Any, key: str) -> bool:
+    """Whether a value is what a softmax made of products with matrices: no recurrence, no attention without one."""
+    queue, seen = [key], set()
+    while queue:
+        one = queue.pop()
+        if graph.operation(one) in ("weights", "softmax", "_softmax"):
+            return True
+        if one not in seen and graph.linear(one) is None:
+            seen.add(one)
+            queue += graph.operands(one)
+    return False
 
 
 def _counted(reasons: Iterable[str]) -> dict[str, int]:
@@ -255,7 +269,7 @@ def write_rows(out: Path, rows: Mapping[str, Row]) -> None:
 
 def passed(row: Row) -> bool:
     """Lossless, compressed, reloaded, and generating the same as before it was saved."""
-    lossless = row.get("lossless", 1.0) < LOSSLESS and row.get("generation_identical", False)
+    lossless = row.get("lossless", 1.0) < LOSSLESS and row.get("generation_identical") is True
     return lossless and row.get("reloaded_generates_the_same", False) and row["stopped"] is None
 
 

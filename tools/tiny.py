@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 VOCABULARY, WIDTH, INNER, EXPERT_INNER = 128, 64, 96, 48
@@ -91,6 +92,7 @@ INDEXER = {
     "make_ngram_vocab_size_divisible_by": 8,
 }
 ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+ALL_SHARED = ASSISTANT | {"num_hidden_layers": 4, "num_kv_shared_layers": 4}
 BYTES = {"encoder_hash_byte_group_vocab": 64}
 ROTARY_SECTIONS = {
     "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
@@ -107,12 +109,19 @@ FIGURES: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": WIDTH},
     },
     "deepseek_v2": MOE,
-    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dory": {  # a dictionary of it counts attention and MLPs as layers of their own
+        "num_hidden_layers": 8,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 2,
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
+    },
     "dots1": MOE | {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 2},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "gemma4_assistant": {"text_config": ASSISTANT},
-    "gemma4_unified_assistant": {"text_config": ASSISTANT},
+    "gemma4_assistant": {"text_config": ALL_SHARED},
+    "gemma4_unified_assistant": {"text_config": ALL_SHARED},
     "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None, "H_cycles": 2, "L_cycles": 1},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
@@ -122,8 +131,10 @@ FIGURES: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"] * 2},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "recurrent_gemma": {"num_hidden_layers": 6},  # the third and the sixth attend
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 48], "hash_seed": 0, "num_buckets": 4},
     "roc_bert": {"shape_vocab_size": 64},
+    "xlstm": {"qk_dim_factor": 1.0},  # at this width its state is rounded up to that
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "mamba_headdim": 16},
@@ -174,7 +185,7 @@ def _defaults(own: Any) -> Any:
     """A configuration of all defaults; of what it is made of where these do not fit each other."""
     try:
         return own()
-    except ValueError:
+    except (ValueError, StrictDataclassError):
         return own(**{name: {} | ASSISTANT for name in own.sub_configs if name == "text_config"})
 
 

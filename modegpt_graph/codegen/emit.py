@@ -370,7 +370,9 @@ class _Writer:
     def _cache(self, node: fx.Node) -> None:
         said = self.trace.calls[arguments(node)[3]]
         assert isinstance(said, CacheCall)
-        cache = self._cache_expression()
+        whole = cache = self._cache_expression()
+        if said.part is not None:  # a cache of another kind that is handed in has no such part
+            cache = f'getattr({whole}, "{said.part}", {whole})'
         key, value = self.write(arguments(node)[0], node), self.write(arguments(node)[1], node)
         number = sum(isinstance(call, CacheCall) for call in self.trace.calls[: arguments(node)[3]])
         name = "cache_layer" if number == 0 else f"cache_layer_{number + 1}"
@@ -379,7 +381,7 @@ class _Writer:
         for name, text in zip(names, (key, value), strict=True):
             if name != text:
                 self.lines.append(f"{name} = {text}")
-        self.lines.append(f"if {cache} is not None:")
+        self.lines.append(f"if {whole} is not None:")
         self.lines.append(f"    key_states, value_states = {cache}.update(key_states, value_states, {layer})")
         self.text[node] = "\0" + ", ".join(names)
 
@@ -403,7 +405,8 @@ class _Writer:
 
         output = self.trace.output
         if isinstance(output, (tuple, list)) and type(output) in (tuple, list):
-            return ", ".join(write(leaf) for leaf in output) + ("," if len(output) == 1 else "")
+            inner = ", ".join(write(leaf) for leaf in output)
+            return f"[{inner}]" if isinstance(output, list) else inner + ("," if len(output) == 1 else "")
         leaves = pytree.tree_leaves(output)
         if len(leaves) != 1 or leaves[0] is not output:
             raise EmitError(f"the module returns a {type(output).__name__}")

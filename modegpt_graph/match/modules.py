@@ -79,7 +79,11 @@ def site_modules(
             groups.setdefault(_module_of(one.site), []).append(one.site)
     if not groups:
         return Found((), {})
-    tracer = _Tracer(skeleton, survey, patterns, record_calls(skeleton, groups, example_inputs))
+    try:
+        calls = record_calls(skeleton, groups, example_inputs)
+    except ModegptError as error:
+        return Found((), {site.id: str(error) for sites in groups.values() for site in sites})
+    tracer = _Tracer(skeleton, survey, patterns, calls)
     order = {one.site.id: number for number, one in enumerate(survey.located)}
     modules: dict[str, SiteModule | None] = {}
     left: dict[str, str] = {}
@@ -183,6 +187,8 @@ def _obstacle(path: str, graph: Graph, placed: Iterable[Placed]) -> str | None:
         one = _assembled(path, graph, placed)
         edits = _halved(one)
         if _is_written_anew(one, edits):
+            if one.trace.call.obstacle is not None:
+                raise ModegptError(one.trace.call.obstacle)
             emit(one.trace, edits)
     except (ModegptError, RuntimeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         said = str(error).strip().splitlines()

@@ -16,9 +16,8 @@ from modegpt_graph.match.pattern_file import load_patterns
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.reasons import refusal
 from modegpt_graph.match.sites import Analysis
-from modegpt_graph.models import ModelSource
+from modegpt_graph.models import ModelSource, accepts_use_cache
 from modegpt_graph.progress import NullProgress, Progress
-from modegpt_graph.trace.calls import accepted_keywords
 from modegpt_graph.trace.export import Trace, TraceError, export, whole_model_call
 
 TOKENS = 7  # of the traced example: few, and a size that nothing else in a model has
@@ -108,5 +107,4 @@ def _call(skeleton: nn.Module, example_inputs: tuple | None):
     tokens = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     if example_inputs is not None:
         return whole_model_call(tokens, example_inputs[1:])
-    keywords = accepted_keywords(skeleton)
-    return whole_model_call(tokens, keywords={"use_cache": False} if "use_cache" in keywords else {})
+    return whole_model_call(tokens, keywords={"use_cache": False} if accepts_use_cache(skeleton) else {})

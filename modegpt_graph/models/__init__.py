@@ -1,6 +1,7 @@
 """Where a model comes from: hub, folder, gguf file, public configuration, factory, demo, or a module in memory."""
 
 from modegpt_graph.models.forward import (
+    accepts_use_cache,
     cache_keyword,
     cache_of,
     can_generate,
@@ -19,6 +20,7 @@ from modegpt_graph.models.source import ModelSource
 __all__ = [
     "HubUnreachable",
     "ModelSource",
+    "accepts_use_cache",
     "architecture_names",
     "cache_keyword",
     "cache_of",

@@ -30,17 +30,38 @@ def quiet() -> Iterator[None]:
             library_logging.enable_progress_bar()
 
 
+def class_of(config: Any) -> Any:
+    """The library's class of causal language models of `config`, None where it has none.
+
+    That of its automatic classes; else the one that the configuration names: a part of a larger model has no other.
+    """
+    import transformers
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    known = (getattr(transformers, name, None) for name in config.architectures or () if name in dir(transformers))
+    return next((made for made in known if _makes(made, config)), None)
+
+
+def _makes(made: Any, config: Any) -> bool:
+    """Whether `made` is a class that writes text and is built from such a configuration."""
+    return getattr(made, "config_class", None) is type(config) and made.can_generate()
+
+
 def model_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
     """A causal language model built from a copy of `config`, in evaluation mode, on the device of the context.
 
     Raises what the transformers library raises where the configuration is not of a causal language model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
     with quiet():
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and (own := class_of(config)) is not None:
+            model = own._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return frozen(model)
 
 

@@ -58,7 +58,16 @@ def cache_of(output: Any) -> Any:
 def cache_keyword(model: nn.Module) -> str | None:
     """Name of the argument under which a model takes back the cache it returned; None where it keeps none."""
     accepted = inspect.signature(model.forward).parameters
-    return next((name for name in _CACHE_KEYWORDS if name in accepted), None) if "use_cache" in accepted else None
+    if not accepts_use_cache(model):
+        return None
+    return next((name for name in _CACHE_KEYWORDS if name in accepted), None)
+
+
+def accepts_use_cache(model: nn.Module) -> bool:
+    """Whether a model can be told to keep a cache or none: by an argument of its own, or by one that it hands on."""
+    accepted = inspect.signature(model.forward).parameters
+    handed_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
+    return "use_cache" in accepted or (handed_on and can_generate(model))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -10,7 +10,7 @@ from torch import nn
 
 from modegpt_graph.data import architectures_directory
 from modegpt_graph.errors import InputError
-from modegpt_graph.models.build import quiet
+from modegpt_graph.models.build import class_of, quiet
 from modegpt_graph.models.demo import demo_directory
 from modegpt_graph.models.factory import call_factory
 from modegpt_graph.models.gguf import gguf_config
@@ -173,10 +173,8 @@ def _read_config(location: str | Path, name: str, *, trust_remote_code: bool, lo
 
 def _class_name(config: Any, name: str) -> str:
     """Name of the class that a causal language model of `config` has. Raises InputError where there is none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
+    if (made := class_of(config)) is not None:
+        return getattr(made, "__name__", "")
     automatic = getattr(config, "auto_map", None) or {}
     if "AutoModelForCausalLM" in automatic:
         return str(automatic["AutoModelForCausalLM"]).rpartition(".")[2]

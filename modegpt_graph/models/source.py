@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modegpt_graph.errors import InputError
-from modegpt_graph.models.build import frozen, model_of, quiet, random_model
+from modegpt_graph.models.build import class_of, frozen, model_of, quiet, random_model
 from modegpt_graph.models.gguf import gguf_tokenizer, load_gguf
 from modegpt_graph.models.skeleton import skeleton_of
 
@@ -106,10 +106,11 @@ class ModelSource:
         return module if self.kind == "module" else frozen(module)
 
     def _load_pretrained(self, dtype: torch.dtype) -> nn.Module:
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+        own = None if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING else class_of(self.config)
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = (own or AutoModelForCausalLM).from_pretrained(
                 str(self.location),
                 dtype=dtype,
                 use_safetensors=True,

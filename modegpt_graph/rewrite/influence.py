@@ -1,7 +1,7 @@
 """What a unit of a site's error costs the model: KL divergence of the logits with one site reduced."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +27,8 @@ def influences(
     """KL(dense ‖ reduced) in nats per token for every site, reduced alone to its solution.
 
     The site's effect is folded into weights of the original shapes, and every run starts at the site's own layer, from
-    the dense model's output of the layer before. tokens: (windows, window).
+    the dense model's output of the layer before; at the first layer where layers hand one another more than their
+    output. tokens: (windows, window).
     """
     divergences: dict[str, float] = {}
     with torch.no_grad():
@@ -52,13 +53,19 @@ def influences(
 
 @dataclass
 class _Recording:
-    """One pass: what each layer returned, by path and call, and in which order layers began (True) and ended."""
+    """One pass: what each layer returned, by path and call, and in which order layers began (True) and ended.
+
+    shares: whether a layer put something into a dict or list that it was given: others may read it there.
+    """
 
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     events: list[tuple[str, bool]] = field(default_factory=list)
+    shares: bool = False
 
     def before(self, path: str) -> list[str]:
-        """Layers that had ended for good when `path` was first called."""
+        """Layers that had ended for good when `path` was first called, and of which nothing but the output is read."""
+        if self.shares:
+            return []
         begun = self.events.index((path, True)) if (path, True) in self.events else 0
         later = {other for other, _ in self.events[begun:]}
         return [other for other in self.outputs if other not in later]
@@ -68,13 +75,19 @@ class _Recording:
 def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[_Recording]:
     """The outputs of the decoder layers in the one pass that is run within this context."""
     recording = _Recording()
+    given: list[object] = []
 
     def begin(path: str):
-        return lambda module, args: recording.events.append((path, True))
+        def record(module: nn.Module, args: tuple, keywords: dict) -> None:
+            recording.events.append((path, True))
+            given.append(_contents(args, keywords))
+
+        return record
 
     def end(path: str):
-        def record(module: nn.Module, args: object, output: Any) -> None:
+        def record(module: nn.Module, args: tuple, keywords: dict, output: Any) -> None:
             recording.events.append((path, False))
+            recording.shares |= given.pop() != _contents(args, keywords)
             recording.outputs.setdefault(path, []).append(output)
 
         return record
@@ -83,11 +96,19 @@ def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[_Recording]:
     try:
         for path in layers:
             module = model.get_submodule(path)
-            handles += [module.register_forward_pre_hook(begin(path)), module.register_forward_hook(end(path))]
+            handles.append(module.register_forward_pre_hook(begin(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(end(path), with_kwargs=True))
         yield recording
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _contents(args: tuple, keywords: Mapping[str, Any]) -> list[list[tuple[object, int]]]:
+    """What is in the dicts and lists among a call's arguments."""
+    given = [one for one in (*args, *keywords.values()) if isinstance(one, (MutableMapping, list))]
+    entries = [one.items() if isinstance(one, MutableMapping) else enumerate(one) for one in given]
+    return [[(key, id(value)) for key, value in one] for one in entries]
 
 
 @contextmanager

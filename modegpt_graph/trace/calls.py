@@ -1,8 +1,8 @@
 """How a model calls its modules: the arguments seen when the model runs on the meta device."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +11,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from modegpt_graph.models import cache_keyword, cache_of, is_cache
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.models import accepts_use_cache, cache_keyword, cache_of, is_cache
 from modegpt_graph.trace.fake import fake_cpu, on_meta
 
 Path = tuple[Any, ...]
@@ -35,6 +36,7 @@ class Call:
     length: (tensor, axis) whose size is that of all tokens so far, where the call has one.
     cache_layers: the layer numbers under which the call updated the cache, in order.
     positional: names of the arguments that were given by position.
+    obstacle: why a trace under this call does not say all that the module does; None where it does.
     """
 
     arguments: Mapping[str, Any]
@@ -45,6 +47,7 @@ class Call:
     has_cache: bool
     cache_layers: tuple[int, ...] = ()
     positional: tuple[str, ...] = ()
+    obstacle: str | None = None
 
     def inputs(self) -> list[tuple[Path, int]]:
         """Where each tensor stands among the arguments: (path, index into `tensors`)."""
@@ -79,13 +82,19 @@ def _is_leaf(value: object) -> bool:
     return isinstance(value, (Slot, CacheSlot)) or is_cache(value)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Seen:
     arguments: dict[str, Any]
     extra: tuple[str, ...]
     tensors: list[Tensor]
     cache_layers: list[int]
     positional: tuple[str, ...]
+    obstacle: str | None = None
+
+    def constants(self) -> list[object]:
+        """What the call says beside tensors and caches."""
+        leaves = pytree.tree_leaves(self.arguments, is_leaf=_is_leaf)
+        return [leaf for leaf in leaves if isinstance(leaf, (bool, int, float, str, type(None)))]
 
 
 @contextmanager
@@ -94,13 +103,19 @@ def _watched_updates(cache: Any, updated: Callable[[int], None]) -> Iterator[Non
     if cache is None:
         yield
         return
-    original = type(cache).update
 
-    def update(self: Any, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
-        updated(layer)
-        return original(self, key, value, layer, *args, **kwargs)
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update(self: Any, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+            updated(layer)
+            return original(self, key, value, layer, *args, **kwargs)
 
-    with patch.object(type(cache), "update", update):
+        return update
+
+    with ExitStack() as patches:
+        # A cache may be made of others, which a module updates by themselves.
+        kinds: dict[Any, None] = dict.fromkeys(type(one) for one in (cache, *filter(is_cache, vars(cache).values())))
+        for kind in kinds:
+            patches.enter_context(patch.object(kind, "update", watched(kind.update)))
         yield
 
 
@@ -130,14 +145,14 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
 
 
 def _run(
-    model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None
+    model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None, keyword: str | None
 ) -> dict[str, _Seen]:
     """Arguments of the first call of each module, on the meta device, or on a fake CPU where that is not enough."""
     try:
-        return _run_once(model, modules, sizes, example_inputs, lambda value: value)
+        return _run_once(model, modules, sizes, example_inputs, lambda value: value, keyword)
     except (RuntimeError, NotImplementedError):
         with fake_cpu(model, data_sizes=True) as fake:
-            seen = _run_once(model, modules, sizes, example_inputs, fake)
+            seen = _run_once(model, modules, sizes, example_inputs, fake, keyword)
         # As many as no other axis has: they differ from run to run, and follow neither batch nor length.
         unknown = sizes.batch * (sizes.tokens + sizes.cached) + 1
         return {
@@ -152,16 +167,19 @@ def _run_once(
     sizes: Sizes,
     example_inputs: tuple | None,
     fake: Callable[[Tensor], Tensor],
+    keyword: str | None,
 ) -> dict[str, _Seen]:
-    """Arguments of the first call of each module; the run has a cache with tokens in it where the model takes one."""
+    """Arguments of the first call of each module; the run has a cache with tokens in it, given under `keyword`."""
     seen: dict[str, _Seen] = {}
     running: list[str] = []
 
     def enter(name: str):
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             running.append(name)
-            if name not in seen:
-                seen[name] = _recorded(module, args, kwargs)
+            called = _recorded(module, args, kwargs)
+            first = seen.setdefault(name, called)
+            if called.constants() != first.constants():
+                first.obstacle = "the model calls it more than once, each time with other constants"
 
         return record
 
@@ -182,8 +200,7 @@ def _run_once(
     try:
         with torch.no_grad():
             accepted = accepted_keywords(model)
-            cached: dict[str, Any] = {}
-            keyword = cache_keyword(model) if example_inputs is None else None
+            cached: dict[str, Any] = {"use_cache": False} if example_inputs is None and accepts_use_cache(model) else {}
             cache = None if keyword is None else _filled_cache(model, lambda: run(sizes.cached, use_cache=True))
             if keyword is not None and cache is not None:
                 total = sizes.cached + sizes.tokens
@@ -245,13 +262,13 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
     """
     modules = {name: skeleton.get_submodule(name) for name in names}
     first, second = Sizes(2, 5, 4), Sizes(3, 7, 11)
-    runs = [_run(skeleton, modules, sizes, example_inputs) for sizes in (first, second)]
+    runs, uncached = _runs(skeleton, modules, (first, second), example_inputs)
     calls = {}
     for name in modules:
         if not all(name in run for run in runs):
             continue
-        arguments, extra, tensors = runs[0][name].arguments, runs[0][name].extra, runs[0][name].tensors
-        others = runs[1][name].tensors
+        one, others = runs[0][name], runs[1][name].tensors
+        arguments, tensors, obstacle = one.arguments, one.tensors, one.obstacle
         dynamic = tuple(
             tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
             for a, b in zip(tensors, others, strict=True)
@@ -259,6 +276,34 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
         length = _length_axis(dynamic, (tensors, others), (first, second))
         leaves = pytree.tree_leaves(arguments, is_leaf=_is_leaf)
         has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
-        layers, positional = tuple(runs[0][name].cache_layers), runs[0][name].positional
-        calls[name] = Call(arguments, extra, tuple(tensors), dynamic, length, has_cache, layers, positional)
+        layers = tuple(one.cache_layers)
+        if uncached is not None and _may_be_given_more(modules[name], arguments):
+            obstacle = f"the model could only be run without its cache ({uncached})"
+        calls[name] = Call(
+            arguments, one.extra, tuple(tensors), dynamic, length, has_cache, layers, one.positional, obstacle
+        )
     return calls
+
+
+def _may_be_given_more(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether another call can give a module what this one did not: a cache, or the state of a recurrence."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(one.kind is one.VAR_KEYWORD or arguments.get(one.name) is None for one in parameters)
+
+
+def _runs(
+    skeleton: nn.Module, modules: Mapping[str, nn.Module], sizes: Sequence[Sizes], example_inputs: tuple | None
+) -> tuple[list[dict[str, _Seen]], str | None]:
+    """One run of each size; why they had no cache, where the model takes one and could not be run with it.
+
+    Modules that have nothing to do with the cache are called alike without it.
+    """
+    keyword = cache_keyword(skeleton) if example_inputs is None else None
+    reason = None
+    for tried in dict.fromkeys((keyword, None)):
+        try:
+            return [_run(skeleton, modules, one, example_inputs, tried) for one in sizes], reason
+        except Exception as error:  # a model's own code fails in as many ways as it can be written
+            lines = str(error).strip().splitlines()
+            reason = reason or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    raise ModegptError(f"the model could not be run on the meta device, to see how it calls its modules: {reason}")

@@ -67,10 +67,8 @@ class _Called(nn.Module):
             if isinstance(leaf, Slot):
                 return tensors[leaf.index]
             if isinstance(leaf, CacheSlot):
-                if call.length is None:
-                    raise TraceError("the module has a cache, but no argument tells how many tokens are in it")
-                index, axis = call.length
-                return TracedCache(leaf.cache, self.recorder, tensors[index].shape[axis])
+                length = None if call.length is None else tensors[call.length[0]].shape[call.length[1]]
+                return TracedCache(leaf.cache, self.recorder, length)
             return leaf
 
         arguments = pytree.tree_map(fill, dict(call.arguments), is_leaf=lambda x: isinstance(x, (Slot, CacheSlot)))
@@ -88,7 +86,7 @@ class _Called(nn.Module):
             return leaf
 
         self.recorder.output = pytree.tree_map(
-            place, output, is_leaf=lambda x: isinstance(x, (AttentionWeights, TracedCache))
+            place, output, is_leaf=lambda x: type(x) in (AttentionWeights, TracedCache)
         )
         return tuple(returned)
 
@@ -132,7 +130,11 @@ def export(module: nn.Module, call: Call) -> Trace:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ModegptError):
+        return str(error)
     text = str(error)
+    if "is not on the expected device meta" in text:
+        return "torch.export stopped: it reads tensors that are no argument or parameter of it (of a cache)"
     if "data-dependent" in text:
         places = re.findall(r'File "(?:.*/)?([^/"]+)", line (\d+), in forward', text)
         where = f" ({':'.join(places[-1])})" if places else ""

@@ -29,7 +29,7 @@ def fake_cpu(
     if "meta" not in devices or devices - {"meta", "cpu"}:
         yield lambda value: value
         return
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv() if data_sizes else None)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(trace_asserts=True) if data_sizes else None)
     replaced: dict[int, tuple[Tensor, Tensor]] = {}  # the original is held, so that its id stays its own
 
     def fake(value: Tensor) -> Tensor:

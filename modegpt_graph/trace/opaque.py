@@ -13,8 +13,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
+
+from modegpt_graph.errors import ModegptError
+from modegpt_graph.models import is_cache
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class CacheCall:
-    """One `cache.update(key, value, layer)`."""
+    """One `cache.update(key, value, layer)`.
+
+    part: the attribute of the model's cache that was updated, None for that cache itself.
+    """
 
     layer: int
+    part: str | None = None
 
 
 class AttentionWeights:
@@ -95,17 +103,40 @@ def _(key, value, length, call):
 
 
 class TracedCache:
-    """A cache whose `update` is one opaque node; everything else is the cache it stands for."""
+    """A cache whose `update` is one opaque node; everything else is the cache it stands for, to `isinstance` too.
 
-    def __init__(self, cache: Any, recorder: Recorder, length: int) -> None:
-        self._cache, self._recorder, self._length = cache, recorder, length
+    length: tokens in it after an update; None where no argument of the traced module tells.
+    part: the attribute of the model's cache that it is (`self_attention_cache`, say), None for that cache itself.
+    """
+
+    def __init__(self, cache: Any, recorder: Recorder, length: int | None, part: str | None = None) -> None:
+        self._cache, self._recorder, self._length, self._part = cache, recorder, length, part
+
+    @property
+    def __class__(self) -> type:
+        return type(self._cache)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        call = self._recorder.add(CacheCall(layer=layer))
+        if self._length is None:
+            raise ModegptError("the module updates a cache, but no argument tells how many tokens are in it")
+        call = self._recorder.add(CacheCall(layer, self._part))
         return torch.ops.modegpt_graph.cache_update(key, value, self._length, call)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+        value = getattr(self._cache, name)
+        if is_cache(value) and self._part is None:
+            return TracedCache(value, self._recorder, self._length, name)
+        return self._only_asked(name, value) if callable(value) else value
+
+    def _only_asked(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that may be asked for what the cache knows, and is given no tensor to keep."""
+
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
+                raise ModegptError(f"the module hands tensors to `{name}` of the cache: only `update` is followed")
+            return method(*args, **kwargs)
+
+        return ask
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def spell_out(graph: fx.Graph) -> None:
     """Replace every operation that has such a form by it. The graph is changed."""
     for node in list(graph.nodes):
         form = _FORMS.get(operation(node))
-        if form is not None and node.op == "call_function":
+        if form is not None and node.op == "call_function" and not node.kwargs:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(form(graph, node))
             graph.erase_node(node)
@@ -52,7 +52,19 @@ def _prelu(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return call_like(graph, node, aten.where.self, positive, value, below)
 
 
-_FORMS: Mapping[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {"glu": _glu, "prelu": _prelu}
+def _other_name(target: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
+    """The form of an operation that has two names, under the one that is known."""
+    return lambda graph, node: call_like(graph, node, target, *arguments(node))
+
+
+_FORMS: Mapping[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
+    "glu": _glu,
+    "prelu": _prelu,
+    "multiply": _other_name(aten.mul.Tensor),
+    "divide": _other_name(aten.div.Tensor),
+    "true_divide": _other_name(aten.div.Tensor),
+    "subtract": _other_name(aten.sub.Tensor),
+}
 
 
 def merge_equal(graph: fx.Graph) -> None:

@@ -5,9 +5,10 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig
 
+import modegpt_graph as mg
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.evaluate import kl_divergence
 from modegpt_graph.match.decoder import decoder_layers
@@ -54,6 +55,39 @@ def _model(name: str) -> nn.Module:
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter) * (0.8 if parameter.ndim > 1 else 0.1))
     return model.double()
+
+
+class Sharing(nn.Module):
+    """A layer that reads what the layer before it put into a dict."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.up, self.down = nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: Tensor, shared: dict[int, Tensor]) -> Tensor:
+        shared[self.number] = self.down(self.up(x).relu())
+        return x + shared[self.number] + (shared[self.number - 1] if self.number else 0)
+
+
+class SharingDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 16), nn.Linear(16, 50, bias=False)
+        self.layers = nn.ModuleList(map(Sharing, range(3)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, shared = self.embedding(ids), {}
+        for layer in self.layers:
+            x = layer(x, shared)
+        return self.head(x)
+
+
+def test_layers_that_share_more_than_their_outputs_are_all_run() -> None:
+    torch.manual_seed(0)
+    model, tokens = SharingDecoder().eval().requires_grad_(False), torch.randint(0, 50, (3, 20))
+    result = mg.compress(model, 0.25, calibration=tokens, example_inputs=(tokens,))
+    assert result.report.outcome.ratios.decoder_linear == pytest.approx(0.25, abs=0.02)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

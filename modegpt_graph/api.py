@@ -56,13 +56,17 @@ def analyze(
 ) -> Report:
     """Find every pair of matrices that can be made smaller together. No weights are read.
 
+    A site has a decomposition here exactly where `compress` can make it smaller: its module is traced on its own and
+    its smaller form written, as `compress` does.
     patterns: further pattern files or folders, tried before the built-in ones.   approximate_norm: whether queries and
     keys under a norm of each head are taken too, by an approximation whose error is measured.
     Raises InputError where there is no such model.
     """
     source = _original(model, example_inputs, trust_remote_code)
+    progress = progress or NullProgress()
     surveyed = survey_model(source, read_patterns(patterns), progress, approximate_norm=approximate_norm)
-    return Report(surveyed.survey.analysis)
+    with progress.stage("trace the modules"):
+        return Report(surveyed.analysis)
 
 
 def check_pattern(

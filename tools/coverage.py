@@ -95,7 +95,7 @@ def _analyze(row: Row) -> None:
     from modegpt_graph.models import resolve
 
     surveyed = survey_model(resolve(row["_"]["model"]), read_patterns())
-    found = surveyed.survey.analysis
+    found = surveyed.analysis
     row["attention"] = _attention(surveyed.trace)
     row["decoder_linear_parameters"] = found.model.decoder_linear_parameters
     row["coverage"] = round(found.coverage, 4)

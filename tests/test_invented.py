@@ -127,7 +127,7 @@ def test_a_near_miss_says_where_it_stopped_and_how_far_it_had_got(run, tmp_path:
     code, out = run("patterns", "check", "mine.toml", f"{FIXTURE}:three_matrices")
     assert code == 1
     assert "It meets nothing in" in out
-    assert "blocks.0.mlp.down.weight  and 1 place like it" in out
+    assert "blocks.0.mlp.down.weight  and 1 other place, for the same reason" in out
     assert "Expected an element-wise function (`act`), found the matrix `blocks.0.mlp." in out
     assert "`blocks.0.mlp.scale` (invented.py:" in out or "`blocks.0.mlp.up` (invented.py:" in out
     assert "5 of 7 steps had matched, with `down`, `gate`, `up`" in out
@@ -145,7 +145,7 @@ def test_a_near_miss_says_where_it_stopped_and_how_far_it_had_got(run, tmp_path:
         (
             "normed",
             NORMED,
-            "the norm `norm` (layer_norm over the 80 features of a head): every feature depends on the others",
+            "the norm `norm` (layer_norm over the 80 features): every feature depends on the others",
         ),
     ],
     ids=["mixing", "dropping"],

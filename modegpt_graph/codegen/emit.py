@@ -5,7 +5,6 @@ interface and the cache are the library's again, sizes that follow batch and len
 differs between layers of one topology (new sizes, gathered positions, the layer's number) is read from attributes.
 """
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,17 +15,16 @@ from torch import Tensor, fx, nn
 
 from modegpt_graph.codegen.expressions import EmitError, call, identifier, literal
 from modegpt_graph.codegen.gather import gathered
-from modegpt_graph.codegen.layout import atom, wrapped
+from modegpt_graph.codegen.layout import wrapped
+from modegpt_graph.codegen.signature import LEADING, Signature
 from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.flow.shrink import Edits
-from modegpt_graph.trace.calls import CacheSlot
 from modegpt_graph.trace.export import Output, Trace
 from modegpt_graph.trace.linear import Linear, find_linears
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall
 from modegpt_graph.trace.operations import Effect, arguments, effect, operation
 
 WIDTH = 96
-LEADING = ("batch", "length")
 _CLASS_INDENT = 4
 
 
@@ -56,8 +54,6 @@ class _Writer:
     attributes: dict[str, int] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     weights: str | None = None
-    leading: dict[str, str] = field(default_factory=dict)
-    used_sizes: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.linears: dict[fx.Node, Linear] = {
@@ -67,26 +63,7 @@ class _Writer:
             node: self.edits.arguments.get(node, (node.target, node.args, node.kwargs))
             for node in self.trace.graph.nodes
         }
-        self.inputs = self._input_expressions()
-        self.main = self._main_input()
-        self.sizes = self._size_expressions()
-        cached = self._cached_size()
-        if cached is not None:
-            self.sizes[cached] = "key_states.size(-2)"
-
-    def _cached_size(self) -> str | None:
-        """The number of tokens in the cache, where only what the update returns is sure to tell it: a mask may be None.
-
-        None where the main input has that size too, or it is used before the update.
-        """
-        used = {str(size) for size in self.main.meta["val"].shape}
-        for node in self.trace.graph.nodes:
-            if effect(node) is Effect.CACHE:
-                size = str(node.meta["val"][0].shape[-2])
-                return None if size in used else size
-            if effect(node) is not Effect.SIZE:
-                used |= {str(one.meta["val"]) for one in node.all_input_nodes if effect(one) is Effect.SIZE}
-        return None
+        self.signature = Signature(self.trace, [linear.source for linear in self.linears.values()])
 
     def _is_module_call(self, linear: Linear) -> bool:
         """Whether a product with a matrix is the whole forward of a module that holds nothing else."""
@@ -95,49 +72,6 @@ class _Writer:
         names = {f"{path}.{name}" for name, _ in owner.named_parameters(recurse=False)}
         plain = names == {linear.weight, linear.bias} - {None}
         return plain and linear.experts is None and (path in self.linear_modules or type(owner) is nn.Linear)
-
-    def _input_expressions(self) -> dict[str, str]:
-        """Placeholder → the expression that reads it from the method's parameters."""
-        signature = inspect.signature(self.trace.module.forward)
-        keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-        by_index: dict[int, str] = {}
-        for path, index in self.trace.call.inputs():
-            first, *rest = path
-            text = first.lstrip("*") if first not in self.trace.call.extra else f'{keywords}["{first}"]'
-            by_index[index] = text + "".join(f"[{key!r}]" for key in rest)
-        return {placeholder: by_index[index] for placeholder, index in self.trace.inputs.items()}
-
-    def _main_input(self) -> fx.Node:
-        """The input that is multiplied by a matrix: sizes and dtype are read from it."""
-        inputs = [node for node in self.trace.graph.nodes if node.name in self.inputs]
-        feeding = [linear.source for linear in self.linears.values() if linear.source in inputs]
-        floating = [node for node in inputs if node.meta["val"].is_floating_point()]
-        return (feeding or floating or inputs)[0]
-
-    def _size_expressions(self) -> dict[str, str]:
-        """Symbolic size → the expression that reads it, from the main input where it has that size."""
-        found: dict[str, str] = {}
-        inputs = [node for node in self.trace.graph.nodes if node.name in self.inputs]
-        for node in sorted(inputs, key=lambda node: node is not self.main):
-            for axis, size in enumerate(node.meta["val"].shape):
-                if isinstance(size, torch.SymInt):
-                    found.setdefault(str(size), f"{self.inputs[node.name]}.size({axis})")
-        parameters = inspect.signature(self.trace.module.forward).parameters
-        for axis, name in enumerate(LEADING):
-            said = f"{self.inputs[self.main.name]}.size({axis})"
-            if said in found.values() and not set(LEADING) & set(parameters):
-                self.leading[name] = said
-        return {
-            size: next((n for n, said in self.leading.items() if said == text), text) for size, text in found.items()
-        }
-
-    def _leading_sizes(self) -> list[str]:
-        """The statement that reads batch and length, as far as they are used."""
-        used = [name for name in LEADING if name in self.used_sizes]
-        main = self.inputs[self.main.name]
-        if len(used) == len(LEADING):
-            return [f"{', '.join(LEADING)} = {atom(main)}.shape[:{len(LEADING)}]"]
-        return [f"{name} = {self.leading[name]}" for name in used]
 
     def live(self) -> set[fx.Node]:
         """Nodes that the outputs and the observers need."""
@@ -171,22 +105,15 @@ class _Writer:
             index = self._buffer(f"index_{value.name}", gather.index)
             return gathered(text, index, gather, shape_of(value))
         if isinstance(value, torch.SymInt):
-            return self._size(value)
+            return self.signature.size(value)
         if isinstance(value, (list, tuple)):
             inner = ", ".join(self.write(item, node) for item in value)
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
         if isinstance(value, torch.device):
-            return f"{self.inputs[self.main.name]}.device"
-        if value is self.main.meta["val"].dtype:
-            return f"{self.inputs[self.main.name]}.dtype"
+            return f"{self.signature.main_expression()}.device"
+        if value is self.signature.main.meta["val"].dtype:
+            return f"{self.signature.main_expression()}.dtype"
         return literal(value)
-
-    def _size(self, size: torch.SymInt) -> str:
-        text = str(size)
-        if text not in self.sizes:
-            raise EmitError(f"the size {text} cannot be read from the inputs")
-        self.used_sizes.add(self.sizes[text])
-        return self.sizes[text]
 
     def _buffer(self, name: str, value: Tensor) -> str:
         for known, other in self.buffers.items():
@@ -202,8 +129,8 @@ class _Writer:
     def expression(self, node: fx.Node) -> str:
         """A node's value as source."""
         if node.op == "placeholder":
-            if node.name in self.inputs:
-                return self.inputs[node.name]
+            if node.name in self.signature.inputs:
+                return self.signature.inputs[node.name]
             if node.name in self.trace.state:
                 return f"self.{_path(self.trace.state[node.name])}"
             return self._buffer(
@@ -212,7 +139,7 @@ class _Writer:
         name = operation(node)
         if name == "sym_size":
             value = node.meta["val"]
-            return self._size(value) if isinstance(value, torch.SymInt) else str(int(value))
+            return self.signature.size(value) if isinstance(value, torch.SymInt) else str(int(value))
         if node in self.linears:
             path = self.linears[node].weight.rpartition(".")[0]
             return f"self.{_path(path)}({self.write(self.linears[node].source, node)})"
@@ -267,7 +194,10 @@ class _Writer:
                 for name in watched.get(node, ()):
                     self.lines.append(f"self.observe({name!r}, {self.text[node]})")
         self.lines.append(f"return {self._returned()}")
-        statements = [self._definition(), *(f"    {line}" for line in (*self._leading_sizes(), *self.lines))]
+        statements = [
+            self.signature.definition(),
+            *(f"    {line}" for line in (*self.signature.leading_sizes(), *self.lines)),
+        ]
         body = "\n".join(line for statement in statements for line in wrapped(statement, _CLASS_INDENT))
         return Forward(f"{body}\n", self.imports, self.attributes, self.buffers)
 
@@ -306,7 +236,7 @@ class _Writer:
     def _variable(self, node: fx.Node) -> str:
         linear = self.linears.get(node)
         base = identifier(node.name if linear is None else linear.weight.split(".")[-2])
-        taken = {*self.text.values(), *LEADING, *inspect.signature(self.trace.module.forward).parameters}
+        taken = {*self.text.values(), *LEADING, *self.signature.parameters}
         name, number = base, 2
         while name in taken:
             name, number = f"{base}_{number}", number + 1
@@ -356,8 +286,7 @@ class _Writer:
         return names
 
     def _passed_on(self, said: AttentionCall) -> list[str]:
-        signature = inspect.signature(self.trace.module.forward)
-        keywords = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+        keywords = self.signature.keywords
         if keywords is None or (self.trace.call.extra and not said.passed_through):
             return []
         return [f"**{keywords}"]
@@ -370,7 +299,7 @@ class _Writer:
     def _cache(self, node: fx.Node) -> None:
         said = self.trace.calls[arguments(node)[3]]
         assert isinstance(said, CacheCall)
-        whole = cache = self._cache_expression()
+        whole = cache = self.signature.cache()
         if said.part is not None:  # a cache of another kind that is handed in has no such part
             cache = f'getattr({whole}, "{said.part}", {whole})'
         key, value = self.write(arguments(node)[0], node), self.write(arguments(node)[1], node)
@@ -385,12 +314,6 @@ class _Writer:
         self.lines.append(f"    key_states, value_states = {cache}.update(key_states, value_states, {layer})")
         self.text[node] = "\0" + ", ".join(names)
 
-    def _cache_expression(self) -> str:
-        for name, value in self.trace.call.arguments.items():
-            if isinstance(value, CacheSlot):
-                return name if name not in self.trace.call.extra else f'kwargs.get("{name}")'
-        raise EmitError("the cache is not among the arguments of the module")
-
     def _returned(self) -> str:
         (tensors,) = arguments(self.trace.graph.output_node())
 
@@ -400,7 +323,7 @@ class _Writer:
             if isinstance(leaf, AttentionWeights):
                 return self.weights or "None"
             if hasattr(leaf, "get_seq_length"):
-                return self._cache_expression()
+                return self.signature.cache()
             return literal(leaf)
 
         output = self.trace.output
@@ -411,25 +334,6 @@ class _Writer:
         if len(leaves) != 1 or leaves[0] is not output:
             raise EmitError(f"the module returns a {type(output).__name__}")
         return write(output)
-
-    def _definition(self) -> str:
-        parts, starred = ["self"], False
-        for parameter in inspect.signature(self.trace.module.forward).parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY and not starred:
-                parts.append("*")
-                starred = True
-            starred |= parameter.kind is parameter.VAR_POSITIONAL
-            prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-            default = "" if parameter.default is parameter.empty else f"={_default(parameter.default)}"
-            parts.append(f"{prefix}{parameter.name}{default}")
-        return f"def forward({', '.join(parts)}):"
-
-
-def _default(value: Any) -> str:
-    try:
-        return literal(value)
-    except EmitError:
-        return "None"
 
 
 def _path(name: str) -> str:

@@ -94,11 +94,12 @@ def _norms(names: Sequence[str]) -> str:
 
 
 def _said(node: fx.Node, footprint: Footprint) -> str:
-    """`mean over the 64 features of a head`."""
+    """`mean over the 64 features of a head`; there are no heads where there is only one."""
     shape = next((shape_of(one) for one in node.all_input_nodes if one in footprint.flow.labels), ())
     width = math.prod(shape[axis] for axis in reduced_axes(node, len(shape)))
-    head = footprint.layout.size
-    where = f"the {width} features of a head" if width <= head else f"all {width} features, across heads"
+    layout = footprint.layout
+    heads = " of a head" * any(rows.shape[:2] != (1, 1) for rows in layout.members.values())
+    where = f"the {width} features{heads}" if width <= layout.size else f"all {width} features, across heads"
     return f"{operation(node)} over {where}"
 
 

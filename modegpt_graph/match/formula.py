@@ -13,6 +13,7 @@ from modegpt_graph.errors import InputError
 
 LONGEST_FORMULA = 1000
 DEEPEST_FORMULA = 32
+FORMULA_MARKS = "a formula is names, brackets, commas, `*` and `+`"
 
 
 class FormulaError(InputError):
@@ -60,7 +61,8 @@ class Combine:
 
 Expression = Name | Apply | Combine
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<mark>[()*+,]))")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TOKEN = re.compile(rf"\s*(?:(?P<name>{NAME.pattern})|(?P<mark>[()*+,]))")
 
 
 def _tokens(text: str) -> list[tuple[str, int]]:
@@ -69,7 +71,7 @@ def _tokens(text: str) -> list[tuple[str, int]]:
         token = _TOKEN.match(text, position)
         if token is None:
             column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
-            raise FormulaError(f"unexpected character {text[column - 1]!r}", column)
+            raise FormulaError(f"unexpected character {text[column - 1]!r}; {FORMULA_MARKS}", column)
         found.append((token["name"] or token["mark"], token.end() - len(token["name"] or token["mark"]) + 1))
         position = token.end()
     return found
@@ -137,6 +139,8 @@ def parse(text: str) -> Expression:
     """Read a formula. Raises FormulaError with the column where it cannot be read."""
     if len(text) > LONGEST_FORMULA:
         raise FormulaError(f"a formula longer than {LONGEST_FORMULA} characters", LONGEST_FORMULA + 1)
+    if not text.strip():
+        raise FormulaError("the formula is empty", 1)
     parser = _Parser(text)
     expression = parser.combined("+", 0)
     if parser.peek() is not None:

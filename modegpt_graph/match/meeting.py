@@ -16,7 +16,7 @@ from modegpt_graph.progress import Progress
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A form that did not stand, at places that are alike but for the numbers in their names.
+    """A form that did not stand, at places where what stopped it is alike but for the numbers in its names.
 
     places: the matrix (or operation) that the formula's first word was tried on.   miss: what stopped it at the first.
     """
@@ -50,9 +50,9 @@ def meet(source: ModelSource, pattern: Pattern, progress: Progress | None = None
 
 
 def _folded(misses: Iterable[tuple[str, Miss]]) -> tuple[NearMiss, ...]:
-    groups: dict[object, list[tuple[str, Miss]]] = {}
+    groups: dict[str, list[tuple[str, Miss]]] = {}
     for place, miss in misses:
-        groups.setdefault((_unnumbered(place), _unnumbered(str(miss))), []).append((place, miss))
+        groups.setdefault(_unnumbered(str(miss)), []).append((place, miss))
     folded = [NearMiss(tuple(place for place, _ in found), found[0][1]) for found in groups.values()]
     return tuple(sorted(folded, key=lambda one: -one.miss.matched))
 

@@ -12,6 +12,17 @@ from modegpt_graph.errors import InputError
 from modegpt_graph.match.patterns import Decomposition, Pattern, PatternError, shown, suggestion
 
 LARGEST_FILE = 64 * 1024
+_SAID = {
+    r"Illegal character '\n'": "a text in quotes ends with its line; close the quotes",
+    "Cannot overwrite a value": "the key is given twice",
+}  # of the TOML parser's messages, what a person needs to read instead
+_WRITTEN = {
+    "tuple_type": 'a list, as in ["up", "gate"]',
+    "mapping_type": "a table of named entries",
+    "dict_type": "a table of named entries",
+    "model_type": "a table of named entries",
+    "string_type": "a text in quotes",
+}
 MOST_DOTS = 256  # in a line: the parser keeps every beginning of a dotted key, which grows with the square of its parts
 
 
@@ -84,7 +95,8 @@ def _toml_place(error: tomllib.TOMLDecodeError, text: str) -> str:
         return f":1: not a TOML file: {_plain(error)}"
     line = int(said[2]) if said[2] else max(len(text.splitlines()), 1)
     column = f":{said[3]}" if said[3] else ""
-    return f":{line}{column}: not a TOML file: {shown(said[1])}{'' if said[2] else ' at the end of the file'}"
+    what = _SAID.get(said[1]) or shown(said[1][:1].lower() + said[1][1:])
+    return f":{line}{column}: not a TOML file: {what}{'' if said[2] else ' at the end of the file'}"
 
 
 def _plain(error: Exception) -> str:
@@ -107,11 +119,16 @@ def _first_error(error: ValidationError) -> tuple[tuple[str, ...], str]:
         found = first["input"] if isinstance(first["input"], str) else type(first["input"]).__name__
         return key, f"`{name}` is `{shown(found)}`; known: {_list(known)}{suggestion(found, known)}"
     if first["type"] == "string_pattern_mismatch":
-        return key, f"`{name}` is `{shown(first['input'])}`; use small letters, digits and hyphens, a letter first"
+        return (
+            key,
+            f"`{name}` is `{shown(first['input'])}`; use at most 64 small letters, digits and hyphens",
+        )
     if first["type"] in ("too_long", "too_short"):
         count, most = first["ctx"]["actual_length"], first["ctx"].get("max_length")
         bound = f"{first['ctx']['min_length']} is the least" if most is None else f"{most} is the most"
         return key, f"`{name}` has {'too many' if count is None else count} entries; {bound}"
+    if first["type"] in _WRITTEN:
+        return key, f"`{name}` is not {_WRITTEN[first['type']]}"
     message = first["msg"]
     return key, f"`{name}`: {message[:1].lower()}{message[1:]}"
 
@@ -131,7 +148,7 @@ def _place(text: str, key: tuple[str, ...], value: object = None, column: int = 
     """(line, column) of a key, or of a place in the string that is its value; column 0 where only the line is known."""
     start = _offset(text, key)
     if column and isinstance(value, str):
-        quoted = text.find(value, start)
+        quoted = text.find(value, text.find("=", start))
         if quoted >= 0:
             start = min(quoted + column - 1, len(text))
             before = text[:start]

@@ -6,12 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from modegpt_graph.match.formula import Apply, Expression, FormulaError, Name, parse, parts_of
+from modegpt_graph.match.formula import NAME, Apply, Expression, FormulaError, Name, parse, parts_of
 
 RoleKind = Literal["linear", "elementwise", "chain"]
 MethodName = Literal["nystrom", "cr", "svd"]
 OPERATIONS = {"scores": 2, "weights": 1, "mix": 2, "join": 2}
 MOST_FORMS = 16
+TAKEN_WHOLE = {
+    ("elementwise", "elementwise"): "all functions in a row",
+    ("chain", "elementwise"): "everything up to a matrix",
+    ("chain", "chain"): "everything up to a matrix",
+}  # (kind of a role, kind of the role right within it) → what the outer one stands for already
 
 
 class PatternError(FormulaError):
@@ -74,8 +79,12 @@ class Pattern(BaseModel):
                 "`plain` is the name of `formula` itself; give this variant another", ("variants", "plain")
             )
         for role in self.roles:
-            if role in OPERATIONS:
-                raise PatternError(f"`{role}` is an operation; give this role another name", ("roles", role))
+            if role in OPERATIONS or role == "_":
+                kind = "anything" if role == "_" else "an operation"
+                raise PatternError(f"`{role}` is {kind}; give this role another name", ("roles", role))
+            if not NAME.fullmatch(role):
+                what = f"role `{shown(role)}` cannot be written in a formula"
+                raise PatternError(f"{what}; use letters, digits and `_`, a letter first", ("roles", role))
         used: set[str] = set()
         for name, text in self.texts().items():
             key = ("formula",) if name == "plain" else ("variants", name)
@@ -98,6 +107,7 @@ class Pattern(BaseModel):
             if isinstance(part, Apply):
                 names.add(part.name)
                 self._check_application(part, key)
+                self._check_reach(part, key)
             elif isinstance(part, Name) and (part.name in self.roles or part.name in OPERATIONS):
                 kind = "a role" if part.name in self.roles else "an operation"
                 raise PatternError(f"`{part.name}` is {kind}: say what of, as in `{part.name}(x)`", key, part.column)
@@ -119,16 +129,28 @@ class Pattern(BaseModel):
 
     def _check_application(self, part: Apply, key: tuple[str, ...]) -> None:
         name, count = part.name, len(part.arguments)
+        if name == "_":
+            raise PatternError("`_` is anything, and takes nothing in brackets", key, part.column)
         if name not in self.roles and name not in OPERATIONS:
-            known = suggestion(name, [*self.roles, *OPERATIONS]) or "; operations: " + ", ".join(
-                f"`{one}`" for one in OPERATIONS
-            )
+            operations = ", ".join(f"`{one}`" for one in OPERATIONS)
+            known = suggestion(name, [*self.roles, *OPERATIONS])
+            known = known or f"; give it a line in `roles`, or use an operation: {operations}"
             raise PatternError(f"`{shown(name)}` is neither a role nor an operation{known}", key, part.column)
         expected = 1 if name in self.roles else OPERATIONS[name]
         if count != expected:
             raise PatternError(
                 f"`{shown(name)}` takes {expected} argument{'s' * (expected > 1)}, not {count}", key, part.column
             )
+
+    def _check_reach(self, part: Apply, key: tuple[str, ...]) -> None:
+        """Raises PatternError where what a role stands for takes what the role within it is to stand for."""
+        inner = part.arguments[0]
+        if not isinstance(inner, Apply):
+            return
+        outside, inside = (self.roles.get(name, "operation") for name in (part.name, inner.name))
+        if (outside, inside) in TAKEN_WHOLE:
+            taken = f"`{part.name}`, whose kind `{outside}` takes {TAKEN_WHOLE[outside, inside]} already"
+            raise PatternError(f"`{inner.name}` is right within {taken}: leave one out", key, inner.column)
 
     def _check_decomposition(self) -> None:
         decomposition = self.decomposition
@@ -155,9 +177,10 @@ class Pattern(BaseModel):
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean …?`, or nothing where no known word is near."""
-    close = difflib.get_close_matches(word[:64], list(known), n=1)
-    return f"; did you mean `{shown(close[0])}`?" if close else ""
+    """`; did you mean …?`, or nothing where no known word is near, however it is written."""
+    spelt = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(word[:64].lower(), list(spelt), n=1)
+    return f"; did you mean `{shown(spelt[close[0]])}`?" if close else ""
 
 
 def shown(word: str) -> str:

@@ -52,6 +52,6 @@ def _site(group: SiteGroup, console: Console) -> None:
 
 def _miss(one: NearMiss, console: Console) -> None:
     first = next(iter(one.places))
-    more = f"  and {words.plural(len(one.places) - 1, 'place')} like it" if one.places[1:] else ""
+    more = f"  and {words.plural(len(one.places) - 1, 'other place')}, for the same reason" if one.places[1:] else ""
     console.print(Text.assemble((first, "bold"), (more, "dim")), soft_wrap=True)
     console.print(Padding(Text(words.sentence(str(one.miss))), (0, 0, 0, 2)))

@@ -39,7 +39,7 @@ def test_applications_come_outermost_first() -> None:
         ("down(up(x) *)", 13, "expected a name, found `)`"),
         ("down(up(x) - y)", 12, "unexpected character '-'"),
         ("down(3)", 6, "unexpected character '3'"),
-        ("", 1, "expected a name, found the end"),
+        ("", 1, "the formula is empty"),
         ("a b", 3, "unexpected `b`"),
         ("a()", 3, "expected a name, found `)`"),
         ("__import__('os')", 12, 'unexpected character "\'"'),
@@ -48,7 +48,8 @@ def test_applications_come_outermost_first() -> None:
 def test_an_error_says_where_it_is(text: str, column: int, message: str) -> None:
     with pytest.raises(FormulaError) as raised:
         parse(text)
-    assert (raised.value.column, str(raised.value)) == (column, message)
+    said = str(raised.value).removesuffix("; a formula is names, brackets, commas, `*` and `+`")
+    assert (raised.value.column, said) == (column, message)
 
 
 def test_length_and_depth_are_bounded() -> None:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.observe import calibrate
-from modegpt_graph.calibrate.text import evaluation_windows, held_out_windows
+from modegpt_graph.calibrate.text import evaluation_windows, held_out_windows, windows_line
 from modegpt_graph.compression import Report, Result, check_request, prepare
 from modegpt_graph.errors import InputError
 from modegpt_graph.evaluate import ThroughputComparison, compare_throughput, perplexity, random_prompt
 from modegpt_graph.evaluate.proof import Proof, prove
 from modegpt_graph.evaluate.task_files import read_task
 from modegpt_graph.evaluate.tasks import Accuracy, accuracies
-from modegpt_graph.goals import bytes_of, within_perplexity, within_size
+from modegpt_graph.goals import bytes_of, checked_increase, within_perplexity, within_size
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.meeting import Meeting, meet
 from modegpt_graph.match.pattern_file import load_pattern
@@ -132,13 +132,14 @@ def compress(
         raise InputError("give exactly one of ratio, max_perplexity_increase and target_size")
     check_request(ratio, allocator, preset, budget)
     size = None if target_size is None else bytes_of(target_size)
+    increase = None if max_perplexity_increase is None else checked_increase(max_perplexity_increase)
     prepared = prepare(
         _original(model, example_inputs, trust_remote_code),
         calibration=calibration,
         windows=calibration_windows,
         window=calibration_window,
-        evaluating=evaluate or max_perplexity_increase is not None,
-        of_tokens=max_perplexity_increase is not None,
+        evaluating=evaluate or increase is not None,
+        of_tokens=increase is not None,
         seed=seed,
         patterns=patterns,
         dtype=dtype,
@@ -149,8 +150,8 @@ def compress(
         cache=cache,
         progress=progress,
     )
-    if max_perplexity_increase is not None:
-        return within_perplexity(prepared, max_perplexity_increase, allocator, budget)
+    if increase is not None:
+        return within_perplexity(prepared, increase, allocator, budget)
     if size is not None:
         return within_size(prepared, size, allocator, budget)
     assert ratio is not None
@@ -311,7 +312,7 @@ def compare_methods(
     return Comparison(
         model=surveyed.survey.analysis.model,
         calibration=read.description,
-        evaluation=f"{tokens.shape[0]} windows of {tokens.shape[1]:,} tokens of {name}",
+        evaluation=f"{windows_line(tokens)} of {name}",
         seed=seed,
         perplexity_dense=dense_perplexity,
         entries=entries,

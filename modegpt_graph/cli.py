@@ -1,6 +1,7 @@
 """The command line: commands, and how each error becomes one line and an exit code."""
 
 import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -19,6 +20,7 @@ from modegpt_graph.commands.verify import verify
 from modegpt_graph.errors import ModegptError
 
 PROGRAM = "modegpt-graph"
+NUMBERS = {"number": "this is no number", "integer": "this is no whole number"}
 EXIT_CODES = "Exit codes: 0 done, 1 the work failed, 2 bad usage or bad input."
 
 app = typer.Typer(
@@ -109,6 +111,8 @@ def _usage(error: Exception) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else PROGRAM
     message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+    message = message.replace("Value error, ", "")
+    message = re.sub(r"Input should be a valid (\w+).*", lambda found: NUMBERS.get(found[1], found[0]), message)
     return _fail(f"{message}; see {path} --help", getattr(error, "exit_code", 2))
 
 

@@ -23,7 +23,17 @@ def share_of(text: str) -> float:
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(%?)", text.strip())
     if found is None:
         raise InputError(f"{text!r} is no share; write 10% or 0.1")
-    return float(found[1]) / (100 if found[2] else 1)
+    share = float(found[1]) / (100 if found[2] else 1)
+    if share >= 1 and not found[2]:
+        raise InputError(f"{text} is a share of {share:.0%}; write {text}% for {text} in a hundred, or {share:.0%}")
+    return share
+
+
+def checked_increase(increase: float) -> float:
+    """An increase of perplexity as a share (0.1 is 10 %). Raises InputError outside (0, 100)."""
+    if not 0 < increase < 100:
+        raise InputError(f"an increase of {increase:g} is outside (0, 100); 0.1 allows 10 % more perplexity")
+    return increase
 
 
 def bytes_of(size: int | str) -> int:
@@ -46,8 +56,6 @@ def within_perplexity(prepared: Prepared, increase: float, allocator: str | None
     Raises InputError where nothing was held out, or not even the smallest ratio tried stays within.
     """
     check_request(None, allocator, prepared.preset, budget)
-    if not 0 < increase < 100:
-        raise InputError(f"an increase of {increase:g} is outside (0, 100); 0.1 allows 10 % more perplexity")
     held_out, decomposed = prepared.held_out, prepared.decomposed
     if held_out is None:
         raise InputError("no windows are left to measure perplexity on; calibrate on two windows at least")

@@ -144,6 +144,9 @@ def test_shares_are_read_as_people_write_them() -> None:
     for text in ("ten", "-5%", "", "10%%"):
         with pytest.raises(InputError, match="no share"):
             share_of(text)
+    assert share_of("1000%") == pytest.approx(10)
+    with pytest.raises(InputError, match="10 is a share of 1000%; write 10% for 10 in a hundred"):
+        share_of("10")  # ten per cent is what was meant
     for text in ("big", "-1MB", "10 XB", "0"):
         with pytest.raises(InputError):
             bytes_of(text)

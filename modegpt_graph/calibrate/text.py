@@ -53,7 +53,7 @@ def calibration_windows(
     """
     if isinstance(source, Tensor):
         tokens = checked_tokens(source)
-        return Calibration(tokens, f"token ids as given, {_size(tokens)}")
+        return Calibration(tokens, f"token ids as given, {windows_line(tokens)}")
     asked, window = window, min(window, positions_of(model) or window)
     if str(source) == SELF:
         return _sampled(model, seed, window, fallback_reason=None)
@@ -64,15 +64,16 @@ def calibration_windows(
             raise
         return _sampled(model, seed, window, fallback_reason=str(error))
     ids = _tokenised(text, tokenizer, source)
+    shortest = min(window, SHORTEST_WINDOW)
+    if len(ids) < shortest:
+        raise InputError(f"the text of {source} has {len(ids)} tokens; calibration needs {shortest} at least")
     window = min(window, len(ids))
-    if window < SHORTEST_WINDOW:
-        raise InputError(f"the text of {source} has {len(ids)} tokens; calibration needs {SHORTEST_WINDOW} at least")
     available = len(ids) // window
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     chosen = order[:windows].sort().values
     tokens = ids[: available * window].view(available, window)[chosen]
     fewer = f"; {windows} of {asked:,} were asked for" if (available < windows or window < asked) else ""
-    return Calibration(tokens, f"{source}, {_size(tokens)}{fewer}")
+    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}")
 
 
 def held_out_windows(
@@ -140,8 +141,7 @@ def _sampled(model: nn.Module | None, seed: int, window: int, *, fallback_reason
     if model is None:
         raise InputError("calibration text 'self' is sampled from the model, and no model was given")
     tokens = sample_windows(model, SELF_WINDOWS, min(window, SELF_WINDOW), seed)
-    instead = f", in place of the text asked for: {fallback_reason}" if fallback_reason else ""
-    return Calibration(tokens, f"text sampled from the model itself, {_size(tokens)}{instead}", fallback_reason)
+    return Calibration(tokens, f"text sampled from the model itself, {windows_line(tokens)}", fallback_reason)
 
 
 def _tokenised(text: str, tokenizer: Any, source: str | Path) -> Tensor:
@@ -152,5 +152,6 @@ def _tokenised(text: str, tokenizer: Any, source: str | Path) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _size(tokens: Tensor) -> str:
-    return f"{tokens.shape[0]:,} windows of {tokens.shape[1]:,} tokens"
+def windows_line(tokens: Tensor) -> str:
+    """`32 windows of 1,024 tokens`."""
+    return f"{tokens.shape[0]:,} window{'s' * (tokens.shape[0] != 1)} of {tokens.shape[1]:,} tokens"

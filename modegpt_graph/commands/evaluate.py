@@ -112,7 +112,6 @@ def _draw(measured: "Evaluation", console: Console) -> None:
     console.print(
         "accuracy: the likeliest answer is the right one; by length: likeliest per character; ± standard error",
         style="dim",
-        soft_wrap=True,
     )
 
 

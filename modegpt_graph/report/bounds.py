@@ -12,7 +12,7 @@ from modegpt_graph.report.words import roles_line
 PROPOSITIONS = {"nystrom": 1, "cr": 2, "svd": 3}
 EXPLAINED = (
     "Squared errors on the calibration text, relative to what the pair puts out. A bound is computed from the same "
-    "statistics; an error above its bound would be a bug."
+    "statistics, and says how far the theory is from the measurement: an error above its bound would be a bug."
 )
 
 

@@ -7,7 +7,7 @@ from modegpt_graph.methods.race import Entry
 from modegpt_graph.report import words
 from modegpt_graph.report.compare import Comparison, perplexity_text
 from modegpt_graph.report.compare_chart import CHART_STYLE, comparison_chart
-from modegpt_graph.report.style import STYLE
+from modegpt_graph.report.style import STYLE, quoted, wide
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -46,7 +46,7 @@ def _header(comparison: Comparison) -> str:
 
 def _chart(comparison: Comparison) -> str:
     chart = comparison_chart(comparison)
-    return f"<section>\n<h2>Perplexity over ratio</h2>\n{chart}\n</section>" if chart else ""
+    return f"<section>\n<h2>Perplexity over ratio</h2>\n{wide(chart)}\n</section>" if chart else ""
 
 
 def _table(comparison: Comparison) -> str:
@@ -58,7 +58,7 @@ def _table(comparison: Comparison) -> str:
         for method in comparison.methods
     )
     reasons = "".join(
-        f"<p><b>{escape(method)}</b>: {escape(words.sentence(reason, start=False))}</p>"
+        f"<p><b>{escape(method)}</b>: {quoted(words.sentence(reason, start=False))}</p>"
         for method, reason in comparison.reasons().items()
     )
     return (
@@ -80,7 +80,7 @@ def _cell(entry: Entry, best: bool) -> str:
 def _methods(comparison: Comparison) -> str:
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(words.sentence(METHODS[name].summary))}</td>"
-        f"<td>{escape(METHODS[name].source)}</td>"
+        f"<td>{quoted(METHODS[name].source)}</td>"
         f'<td class="number">{words.seconds(sum(entry.seconds for entry in comparison.of(name)))}</td></tr>'
         for name in comparison.methods
     )

@@ -113,11 +113,8 @@ def _reasons(groups: tuple[SiteGroup, ...]) -> RenderableType:
     for group in groups:
         site = group.example
         certificate = words.certificate_line(site.certificate)
-        facts = (
-            f"{words.size_line(site)}; {site.variant}; {certificate}"
-            if site.variant
-            else f"{words.size_line(site)}; {certificate}"
-        )
+        form = f"{site.variant} form; " if site.variant not in ("", "plain") else ""
+        facts = f"{words.size_line(site)}; {form}{certificate}"
         lines.add_row(
             Text.assemble((words.roles_line(site), "bold"), "\n", (_where(group), "dim")),
             Text.assemble(words.sentence(site.reason), "\n", (facts, "dim" if site.certificate.holds else "red")),
@@ -201,7 +198,7 @@ def _bound_table(series: tuple[BoundSeries, ...], violated: tuple[str, ...]) -> 
             continue
         middle = words.short_figure(one.looseness.middle)
         table.add_row(name, str(one.error), str(one.bound), str(one.looseness), middle)
-    parts: list[RenderableType] = [table, Text(EXPLAINED, "dim")]
+    parts: list[RenderableType] = [table, Text(f"{EXPLAINED} med.: the median of bound/error.", "dim")]
     if violated:
         parts.append(Text(violation_line(violated), "bold red"))
     return Group(*parts)

@@ -14,7 +14,7 @@ from modegpt_graph.report.changes import asked_line, change_rows, search_line
 from modegpt_graph.report.fold import SiteGroup, fold_sites, fold_unmatched
 from modegpt_graph.report.outcome import CompressionOutcome, SiteOutcome
 from modegpt_graph.report.ranks import rank_series
-from modegpt_graph.report.style import STYLE
+from modegpt_graph.report.style import STYLE, quoted, wide
 from modegpt_graph.report.svg import rank_chart
 
 NO_BREAK_HYPHEN = "\u2011"
@@ -26,7 +26,7 @@ def to_html(analysis: Analysis, outcome: CompressionOutcome | None = None) -> st
     body = [_header(analysis, outcome)]
     if outcome is not None:
         body.append(_outcome(analysis, outcome))
-    body += [_sites(analysis, outcome), _unmatched(analysis), _glossary()]
+    body += [_sites(analysis, outcome), _unmatched(analysis), _glossary(outcome)]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -66,7 +66,7 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
     share, asked = asked_line(outcome)
     matrices = "" if outcome.budget == "parameters" else f"{words.percent(reached.decoder_linear)} of {PARAMETERS}, "
     notes = [
-        f"<b>{escape(share)}</b>{escape(asked)} went: {escape(matrices)}"
+        f"<b>{escape(share)}</b>{escape(asked)} went; that is {escape(matrices)}"
         f"{words.percent(reached.without_embeddings)} of all parameters without embeddings, "
         f"{words.percent(reached.all)} of all.",
         "" if outcome.search is None else escape(search_line(outcome.search)),
@@ -83,7 +83,7 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
     notes += [escape(outcome.counted or ""), escape(f"Reused: {' '.join(outcome.reused)}" if outcome.reused else "")]
     notes.append(escape(words.time_line(outcome.seconds, outcome.forward_passes)))
     charts = "".join(
-        f'<h3>{escape(one.roles)} <span class="soft">{escape(one.span)}</span></h3>{rank_chart(one)}'
+        f'<h3>{escape(one.roles)} <span class="soft">{escape(one.span)}</span></h3>{wide(rank_chart(one))}'
         for one in rank_series(analysis, outcome)
     )
     return (
@@ -108,7 +108,7 @@ def _bounds(analysis: Analysis, outcome: CompressionOutcome) -> str:
     for one in series:
         loose = "" if one.looseness is None else f", bound / error {one.looseness}"
         said = f"proposition {one.proposition}{loose}"
-        parts.append(f'<h3>{escape(one.roles)} <span class="soft">{escape(said)}</span></h3>{bound_chart(one)}')
+        parts.append(f'<h3>{escape(one.roles)} <span class="soft">{escape(said)}</span></h3>{wide(bound_chart(one))}')
     return "".join(parts)
 
 
@@ -132,13 +132,13 @@ def _group(group: SiteGroup, outcomes: dict[str, SiteOutcome]) -> str:
         f'<span class="soft">{escape(site.pattern)}</span></span>'
         f'<span class="type">{escape(words.type_line(site))}</span>'
         f'<span>{escape(words.commutant_line(site))}</span><span class="{tone}">{escape(words.decision(site))}</span>'
-        f'<span class="why">{escape(words.sentence(site.reason))}</span>'
+        f'<span class="why">{quoted(words.sentence(site.reason))}</span>'
     )
     between = ", ".join(site.between) or "nothing"
     facts = (
         f"<p>Between the matrices: <code>{escape(between)}</code>. {escape(words.capital(words.size_line(site)))} "
         f"in each site. {escape(words.capital(words.certificate_line(site.certificate)))}."
-        f"{f' Variant: {escape(site.variant)}.' if site.variant else ''}</p>"
+        f"{f' Variant: {escape(site.variant)}.' if site.variant not in ('', 'plain') else ''}</p>"
     )
     return (
         f'<details class="site"><summary>{summary}</summary><div class="inside">{facts}'
@@ -176,7 +176,7 @@ def _unmatched(analysis: Analysis) -> str:
         return ""
     rows = "".join(
         f"<tr><td><code>{escape(group.parameter)}</code></td><td>{escape(group.example.nearest_pattern or 'none')}</td>"
-        f"<td>{escape(words.sentence(group.example.reason))}</td></tr>"
+        f"<td>{quoted(words.sentence(group.example.reason))}</td></tr>"
         for group in groups
     )
     return (
@@ -185,6 +185,7 @@ def _unmatched(analysis: Analysis) -> str:
     )
 
 
-def _glossary() -> str:
-    entries = "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in words.GLOSSARY.items())
+def _glossary(outcome: CompressionOutcome | None) -> str:
+    told = {word: text for word, text in words.GLOSSARY.items() if outcome is not None or word not in words.OUTCOMES}
+    entries = "".join(f"<dt>{escape(word)}</dt><dd>{escape(text)}</dd>" for word, text in told.items())
     return f'<section>\n<h2>Words</h2>\n<dl class="words">{entries}</dl>\n</section>'

@@ -1,5 +1,19 @@
 """The look of the HTML report: system fonts, one accent, light and dark."""
 
+import re
+from html import escape
+
+
+def quoted(text: str) -> str:
+    """A text as HTML, what it has in backquotes as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
+
+
+def wide(chart: str) -> str:
+    """A chart that is moved sideways where the window is too narrow to read it."""
+    return f'<div class="scroll chart">{chart}</div>'
+
+
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1d2126; --soft: #626a73; --line: #e2e4e6; --wash: #f4f5f5;
   --accent: #1f6f8b; --good: #2b7a4b; --bad: #b3402f; }
@@ -16,8 +30,9 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ove
 .soft { color: var(--soft); } .good { color: var(--good); } .bad { color: var(--bad); }
 .kind { color: var(--soft); font-size: .85rem; letter-spacing: .02em; margin: 0 0 .35rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1px; margin: 1.5rem 0 0;
-  background: var(--line); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-.facts div { background: var(--paper); padding: .75rem 1rem; }
+  border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.facts div { box-shadow: 0 0 0 1px var(--line); padding: .75rem 1rem; }
+.facts + p, .scroll + p { margin-top: 1rem; }
 .facts dt { color: var(--soft); font-size: .82rem; }
 .facts dd { margin: .1rem 0 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
@@ -59,7 +74,9 @@ tbody tr:last-child td { border-bottom: 0; }
 dl.words { display: grid; grid-template-columns: 7rem 1fr; gap: .5rem 1rem; margin: 0; font-size: .92rem; }
 dl.words dt { font-weight: 600; } dl.words dd { margin: 0; color: var(--soft); }
 @media (max-width: 44rem) { summary { grid-template: none / 1rem auto auto 1fr; } .heads { display: none; }
-  summary .layers { grid-area: 1 / 2 / auto / -1; }
+  summary .layers { grid-area: 1 / 2 / auto / -1; } .chart svg { min-width: 38rem; }
+  .scroll:not(.chart) td:first-child { min-width: 5.5rem; }
+  th, td { padding-right: .6rem; }
   .type { grid-column: 2; }
   summary .what, summary .why { grid-column: 2 / -1; } dl.words { grid-template-columns: 1fr; gap: .1rem; }
   dl.words dd { margin-bottom: .6rem; } }

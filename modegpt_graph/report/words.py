@@ -30,6 +30,8 @@ GLOSSARY = {
     "coverage": "Share of the decoder layers' weight-matrix parameters that belong to a site.",
 }
 
+OUTCOMES = ("rank", "bound")  # of the glossary, the words of a report on a compression
+
 
 def count(number: int) -> str:
     """576, 49.2 k, 134.5 M, 6.74 B; exact below 10,000."""
@@ -138,8 +140,8 @@ def time_line(seconds_by_stage: Mapping[str, float], forward_passes: float | Non
     """Total and stages, and what calibration cost in forward passes; empty where nothing was measured."""
     lines = []
     if seconds_by_stage:
-        stages = ", ".join(f"{name} {seconds(value)}" for name, value in seconds_by_stage.items())
-        lines.append(f"{seconds(sum(seconds_by_stage.values()))} in all: {stages}.")
+        stages = ", ".join(f"{name} {_whole(value)}" for name, value in seconds_by_stage.items())
+        lines.append(f"{seconds(sum(seconds_by_stage.values()))} in all; in seconds: {stages}.")
     if forward_passes is not None:
         lines.append(
             f"That is {forward_passes:.1f} plain forward passes over the calibration text, without evaluation."
@@ -149,7 +151,7 @@ def time_line(seconds_by_stage: Mapping[str, float], forward_passes: float | Non
 
 def capital(text: str) -> str:
     """First letter large, the rest as it is; an identifier (`rms_norm`, `q.weight`) at the start stays as it is."""
-    first = text.split(" ", 1)[0]
+    first = text.split(" ", 1)[0].rstrip(":,")
     return text[0].upper() + text[1:] if first.isalpha() and first.islower() else text
 
 
@@ -167,6 +169,10 @@ def next_step(name: str, sites: int) -> str:
         return "No site can be made smaller as the patterns stand: the reasons above say what is in the way."
     quoted = shlex.quote(name)
     return f"modegpt-graph compress {quoted} --ratio 0.3 --out small"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
 
 
 def _error(value: float) -> str:

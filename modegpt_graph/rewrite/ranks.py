@@ -152,7 +152,8 @@ def half_rank_divergences(
 
     def measure(chosen: Iterable[Item]) -> None:
         probes = {item.id: solvers[item.id].solution(half[item.id]) for item in chosen if item.id not in divergences}
-        divergences.update(influences(model, modules, layers, probes, few, progress))
+        if probes:
+            divergences.update(influences(model, modules, layers, probes, few, progress))
 
     def known(alike: Sequence[Item]) -> dict[int, float]:
         return {item.layer or 0: divergences[item.id] for item in alike if item.id in divergences}

@@ -71,7 +71,7 @@ def test_the_page_has_a_curve_for_each_method_that_was_measured(comparison: Comp
     assert page.count("<circle ") == 4
     assert "shortgpt: 40.60 at 23.3 %" in page
     assert '<b class="good">21.30</b>' in page
-    assert "norm &lt;b&gt; is read by `x`." in page
+    assert "norm &lt;b&gt; is read by <code>x</code>." in page
     for forbidden in ("http://", "https://", "<script", "url("):
         assert forbidden not in page
 

@@ -189,6 +189,8 @@ def _obstacle(path: str, graph: Graph, placed: Iterable[Placed]) -> str | None:
         if _is_written_anew(one, edits):
             if one.trace.call.obstacle is not None:
                 raise ModegptError(one.trace.call.obstacle)
+            if one.trace.assumes_all:
+                raise ModegptError("it loops over the experts that a batch reaches, and its trace is of all of them")
             emit(one.trace, edits)
     except (ModegptError, RuntimeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
         said = str(error).strip().splitlines()

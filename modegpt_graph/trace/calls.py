@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.models import accepts_use_cache, cache_keyword, cache_of, is_cache
 from modegpt_graph.trace.fake import fake_cpu, on_meta
+from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 
 Path = tuple[Any, ...]
 
@@ -152,7 +153,9 @@ def _run(
         return _run_once(model, modules, sizes, example_inputs, lambda value: value, keyword)
     except (RuntimeError, NotImplementedError):
         with fake_cpu(model, data_sizes=True) as fake:
-            seen = _run_once(model, modules, sizes, example_inputs, fake, keyword)
+            seen = with_places_that_are_used(
+                lambda unused: _run_once(model, modules, sizes, example_inputs, fake, keyword, unused)
+            )
         # As many as no other axis has: they differ from run to run, and follow neither batch nor length.
         unknown = sizes.batch * (sizes.tokens + sizes.cached) + 1
         return {
@@ -168,8 +171,12 @@ def _run_once(
     example_inputs: tuple | None,
     fake: Callable[[Tensor], Tensor],
     keyword: str | None,
+    unused: int = 0,
 ) -> dict[str, _Seen]:
-    """Arguments of the first call of each module; the run has a cache with tokens in it, given under `keyword`."""
+    """Arguments of the first call of each module; the run has a cache with tokens in it, given under `keyword`.
+
+    unused: see `every_branch`.
+    """
     seen: dict[str, _Seen] = {}
     running: list[str] = []
 
@@ -194,7 +201,8 @@ def _run_once(
         tokens = torch.zeros(sizes.batch, count, dtype=torch.long, device="meta")
         tokens = fake(tokens)
         rest = () if example_inputs is None else example_inputs[1:]
-        return model(tokens, *rest, **kwargs)
+        with every_branch(unused=unused):
+            return model(tokens, *rest, **kwargs)
 
     handles = []
     try:

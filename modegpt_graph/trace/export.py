@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from modegpt_graph.trace.calls import CacheSlot, Call, Slot
 from modegpt_graph.trace.contractions import spell_einsums
 from modegpt_graph.trace.fake import fake_cpu
 from modegpt_graph.trace.filled import join_filled
+from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 from modegpt_graph.trace.operations import Effect, effect
 from modegpt_graph.trace.spelling import merge_equal, spell_out
@@ -41,6 +42,7 @@ class Trace:
     inputs: placeholder → index into `call.tensors`.   state: placeholder → parameter or buffer name in the module.
     constants: placeholder → tensor made while tracing.
     output: what the module returns, tensors replaced by `Output`; `AttentionWeights` where an opaque call's stand.
+    assumes_all: whether it stands for the module only where a mask meets everything (`loops`).
     """
 
     module: nn.Module
@@ -51,14 +53,15 @@ class Trace:
     constants: Mapping[str, Tensor]
     calls: Sequence[AttentionCall | CacheCall]
     output: Any
+    assumes_all: bool = False
 
 
 class _Called(nn.Module):
     """A module with everything but the tensors of its call filled in."""
 
-    def __init__(self, module: nn.Module, call: Call, recorder: Recorder) -> None:
+    def __init__(self, module: nn.Module, call: Call, recorder: Recorder, unused: int) -> None:
         super().__init__()
-        self.module, self.call, self.recorder = module, call, recorder
+        self.module, self.call, self.recorder, self.unused = module, call, recorder, unused
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         call = self.call
@@ -76,7 +79,8 @@ class _Called(nn.Module):
         starred = arguments.pop(positional) if positional else ()
         # A method may be wrapped by one that calls its parameters otherwise: what was given by position stays so.
         leading = [arguments.pop(name) for name in call.positional]
-        output = self.module(*leading, *starred, **arguments)
+        with every_branch(self.recorder.assume_all, self.unused):
+            output = self.module(*leading, *starred, **arguments)
         returned: list[Tensor] = []
 
         def place(leaf: object) -> object:
@@ -96,14 +100,9 @@ def export(module: nn.Module, call: Call) -> Trace:
 
     Raises TraceError, with the reason of torch.export in one line.
     """
-    recorder = Recorder(module)
-    called = _Called(module, call, recorder)
-    shapes = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in call.dynamic)
     try:
-        with opaque_calls(recorder, call.extra), torch.no_grad(), fake_cpu(module, call.tensors) as fake:
-            program = torch.export.export(
-                called, tuple(map(fake, call.tensors)), dynamic_shapes=(shapes,), strict=False
-            )
+        with torch.no_grad(), fake_cpu(module, call.tensors) as fake:
+            recorder, program = with_places_that_are_used(lambda unused: _exported(module, call, fake, unused))
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
                 join_filled(program.graph)
@@ -126,7 +125,18 @@ def export(module: nn.Module, call: Call) -> Trace:
     for node in program.graph.nodes:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]
-    return Trace(module, call, program.graph, inputs, state, constants, tuple(recorder.calls), recorder.output)
+    calls, output = tuple(recorder.calls), recorder.output
+    return Trace(module, call, program.graph, inputs, state, constants, calls, output, recorder.assumes_all)
+
+
+def _exported(
+    module: nn.Module, call: Call, fake: Callable[[Tensor], Tensor], unused: int
+) -> tuple[Recorder, torch.export.ExportedProgram]:
+    recorder = Recorder(module)
+    called, tensors = _Called(module, call, recorder, unused), tuple(map(fake, call.tensors))
+    shapes = tuple(dict.fromkeys(axes, Dim.AUTO) for axes in call.dynamic)
+    with opaque_calls(recorder, call.extra):
+        return recorder, torch.export.export(called, tensors, dynamic_shapes=(shapes,), strict=False)
 
 
 def _reason(error: Exception) -> str:

@@ -59,11 +59,16 @@ class Recorder:
     def __init__(self, module: nn.Module) -> None:
         self.calls: list[AttentionCall | CacheCall] = []
         self.output: Any = None
+        self.assumes_all = False  # a loop over what a mask meets was traced as if it met everything
         self._paths = {id(part): path for path, part in module.named_modules()}
 
     def path_of(self, module: nn.Module) -> str | None:
         """Where a module lies within the traced one; None outside of it."""
         return self._paths.get(id(module))
+
+    def assume_all(self) -> None:
+        """Say that a loop over what a mask meets is traced as if it met everything."""
+        self.assumes_all = True
 
     def add(self, call: AttentionCall | CacheCall) -> int:
         self.calls.append(call)

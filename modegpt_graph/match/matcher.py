@@ -223,7 +223,8 @@ class Matcher:
                 what, state.matched = f"a {word} of {len(parts)}", state.matched + 1
             raise _Stopped(found, f"a {word} of {len(form.parts)}", what, state)
         best: _Stopped | None = None
-        for order in permutations(parts):
+        # What bends its value most is tried first in the first place: of two that both could be it, the activation.
+        for order in permutations(sorted(parts, key=self._bends, reverse=True)):
             attempt = state.copy()
             attempt.matched += 1
             try:
@@ -246,22 +247,21 @@ class Matcher:
     def _elementwise_source(self, form: Apply, key: str, state: _State) -> str:
         key = self.through_moves(key)
         source = self._root(key)
-        if source == key or not self._is_nonlinear(key, source):
+        if source == key or not self._bends(key):
             raise _Stopped(key, f"an element-wise function (`{form.name}`)", self._describe(key), state)
         return source
 
-    def _is_nonlinear(self, key: str, source: str) -> bool:
-        """Whether any operation between a value and its element-wise source is more than a scale: a shift is, too."""
-        queue, seen = [key], {source}
+    def _bends(self, key: str) -> int:
+        """How many operations between a value and its element-wise source are more than a scale: a shift is, too."""
+        key = self.through_moves(key)
+        queue, seen, count = [key], {self._root(key)}, 0
         while queue:
             node = queue.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if self.graph.effect(node) in (Effect.UNARY, Effect.SUM) or self._meets_itself(node):
-                return True
-            queue += [operand for operand in self.graph.operands(node) if self.graph.carries(operand)]
-        return False
+            if node not in seen:
+                seen.add(node)
+                count += self.graph.effect(node) in (Effect.UNARY, Effect.SUM) or self._meets_itself(node)
+                queue += [operand for operand in self.graph.operands(node) if self.graph.carries(operand)]
+        return count
 
     def _meets_itself(self, key: str) -> bool:
         carrying = self._carrying(key)

@@ -206,7 +206,7 @@ EXPERTS = "model.layers.0.mlp.experts"
     [
         ("mixtral", "activated", range(48), range(48, 96)),
         ("qwen2-moe", "activated", range(16), range(16, 32)),
-        ("gpt-oss", "activated-twice", range(1, 96, 2), range(0, 96, 2)),
+        ("gpt-oss", "activated-twice", range(0, 96, 2), range(1, 96, 2)),
     ],
 )
 def test_every_expert_of_a_tensor_is_a_site(

@@ -15,6 +15,7 @@ from modegpt_graph.errors import ModegptError
 from modegpt_graph.models import accepts_use_cache, cache_keyword, cache_of, is_cache
 from modegpt_graph.trace.fake import fake_cpu, on_meta
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
+from modegpt_graph.trace.quiet import quiet
 
 Path = tuple[Any, ...]
 
@@ -310,7 +311,8 @@ def _runs(
     reason = None
     for tried in dict.fromkeys((keyword, None)):
         try:
-            return [_run(skeleton, modules, one, example_inputs, tried) for one in sizes], reason
+            with quiet():
+                return [_run(skeleton, modules, one, example_inputs, tried) for one in sizes], reason
         except Exception as error:  # a model's own code fails in as many ways as it can be written
             lines = str(error).strip().splitlines()
             reason = reason or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

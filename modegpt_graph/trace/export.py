@@ -17,9 +17,11 @@ from modegpt_graph.trace.calls import CacheSlot, Call, Slot
 from modegpt_graph.trace.contractions import spell_einsums
 from modegpt_graph.trace.fake import fake_cpu
 from modegpt_graph.trace.filled import join_filled
+from modegpt_graph.trace.grouped import group_experts
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 from modegpt_graph.trace.operations import Effect, effect
+from modegpt_graph.trace.quiet import quiet
 from modegpt_graph.trace.spelling import merge_equal, spell_out
 
 
@@ -101,13 +103,14 @@ def export(module: nn.Module, call: Call) -> Trace:
     Raises TraceError, with the reason of torch.export in one line.
     """
     try:
-        with torch.no_grad(), fake_cpu(module, call.tensors) as fake:
+        with quiet(), torch.no_grad(), fake_cpu(module, call.tensors) as fake:
             recorder, program = with_places_that_are_used(lambda unused: _exported(module, call, fake, unused))
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
                 join_filled(program.graph)
             spell_einsums(program.graph)
             spell_out(program.graph)
+            group_experts(program.graph)
             merge_equal(program.graph)
     except Exception as error:
         raise TraceError(f"{type(module).__name__}: {_reason(error)}") from error

@@ -33,7 +33,7 @@ def join_filled(graph: fx.Graph) -> None:
                 side_by_side = call_like(graph, node, torch.ops.aten.stack.default, pieces, axis + 1)
                 joined = call_like(graph, node, torch.ops.aten.flatten.using_ints, side_by_side, axis, axis + 1)
         node.replace_all_uses_with(joined)
-        _erase(graph, node)
+        erase_unread(graph, node)
 
 
 def _pieces(last: fx.Node) -> tuple[list[fx.Node], int, int] | None:
@@ -86,7 +86,7 @@ def _written(piece: fx.Node) -> fx.Node:
     return piece
 
 
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
+def erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     """Erase a node that nothing reads, and what only it read."""
     queue, erased = [node], set()
     while queue:

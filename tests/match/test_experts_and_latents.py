@@ -26,7 +26,7 @@ def of_layer(analysis: Analysis, pattern: str) -> list[Site]:
     return [one for one in analysis.sites if one.pattern == pattern and one.layer == 0]
 
 
-@pytest.mark.parametrize("form", ["plain", "biased"])
+@pytest.mark.parametrize("form", ["plain", "biased", "split"])
 def test_each_expert_of_a_tensor_is_a_site(analysed: Analysed, form: str) -> None:
     sites = of_layer(analysed(lambda: experts.Decoder(form)), "mlp")
     assert len(sites) == experts.EXPERTS

@@ -38,11 +38,14 @@ def compressed(name: str) -> mg.Result:
     return mg.compress(library_model(name), 0.25, calibration=tokens(), allocator="uniform", evaluate=False)
 
 
+RATIOS = {"split": 0.29}  # grouped products keep whole eights of features: not every ratio can be met
+
+
 @cache
 def compressed_by_hand(form: str) -> tuple[by_hand.Decoder, mg.Result, Tensor]:
     model, inputs = by_hand.decoder(form)
     ids = torch.randint(by_hand.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(1))
-    return model, mg.compress(model, 0.3, calibration=ids, example_inputs=inputs, evaluate=False), ids
+    return model, mg.compress(model, RATIOS.get(form, 0.3), calibration=ids, example_inputs=inputs, evaluate=False), ids
 
 
 def expert_sites(result: mg.Result) -> list[dict[str, Any]]:
@@ -59,7 +62,7 @@ def test_a_shuffled_rewrite_changes_nothing(name: str) -> None:
     assert proof.sites == len([s for s in compressed(name).report.sites if s.decomposition is not None])
 
 
-@pytest.mark.parametrize("form", ["plain", "biased", "one-by-one", "dispatched", "reached"])
+@pytest.mark.parametrize("form", ["plain", "biased", "one-by-one", "dispatched", "reached", "split"])
 def test_nor_in_decoders_written_by_hand(form: str) -> None:
     model, inputs = by_hand.decoder(form)
     proof = mg.verify(model, example_inputs=inputs)
@@ -147,13 +150,14 @@ def test_saved_and_loaded_models_generate_alike(name: str, tmp_path: Path) -> No
     assert float((before - after).abs().max()) < LOSSLESS * float(before.abs().max())
 
 
-@pytest.mark.parametrize("form", ["plain", "biased", "one-by-one", "dispatched", "reached"])
+@pytest.mark.parametrize("form", ["plain", "biased", "one-by-one", "dispatched", "reached", "split"])
 def test_so_do_decoders_written_by_hand(form: str, tmp_path: Path) -> None:
     _, result, ids = compressed_by_hand(form)
     result.save(tmp_path / "out")
     loaded = mg.load(tmp_path / "out", factory=lambda: by_hand.decoder(form))
     assert torch.equal(loaded(ids), result.model(ids))
-    assert result.report.to_json()["compression"]["ratios"]["decoder_linear"] == pytest.approx(0.3, abs=0.006)
+    reached = result.report.to_json()["compression"]["ratios"]["decoder_linear"]
+    assert reached == pytest.approx(RATIOS.get(form, 0.3), abs=0.006)
 
 
 def test_an_expert_that_no_token_reaches_keeps_its_largest_weights_as_they_are() -> None:

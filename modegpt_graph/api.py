@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.observe import calibrate
-from modegpt_graph.calibrate.text import evaluation_windows, held_out_windows, windows_line
+from modegpt_graph.calibrate.text import check_source, evaluation_windows, held_out_windows, windows_line
 from modegpt_graph.compression import Report, Result, check_request, prepare
 from modegpt_graph.errors import InputError
 from modegpt_graph.evaluate import ThroughputComparison, compare_throughput, perplexity, random_prompt
@@ -133,6 +133,9 @@ def compress(
     check_request(ratio, allocator, preset, budget)
     size = None if target_size is None else bytes_of(target_size)
     increase = None if max_perplexity_increase is None else checked_increase(max_perplexity_increase)
+    check_source(calibration)
+    patterns = tuple(patterns or ())
+    read_patterns(patterns)  # what is wrong in one is said before a model is loaded
     prepared = prepare(
         _original(model, example_inputs, trust_remote_code),
         calibration=calibration,
@@ -207,6 +210,8 @@ def evaluate(
     asked = tuple(read_task(file, questions) for file in tasks)
     if text is None and not asked:
         raise InputError("nothing to evaluate on: give a text, tasks, or both")
+    if text is not None:
+        check_source(text)
     progress = progress or NullProgress()
     with progress.stage("load the model"):
         if not isinstance(model_or_dir, nn.Module) and checkpoint.is_compressed(Path(model_or_dir)):
@@ -278,6 +283,9 @@ def compare_methods(
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise InputError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
+    check_source(calibration)
+    if text is not None:
+        check_source(text)
     progress, clock = progress or NullProgress(), Clock()
     source = _original(model, example_inputs, trust_remote_code)
     with clock("load"), progress.stage("load the model"):

@@ -123,8 +123,8 @@ def within_size(prepared: Prepared, size: int, allocator: str | None, budget: st
             ratio, ranks = _smallest(at, lambda ranks: expected(ranks) <= size, highest)
             if expected(ranks) > size:
                 raise InputError(
-                    f"the weights cannot have {size:,} bytes: the sites found leave {expected(ranks):,} at least"
-                    + ("" if budget == "bytes" else f" where {budget} are what the ratio is of")
+                    f"the weights cannot have {size:,} bytes: with every site at its smallest they have "
+                    f"{expected(ranks):,} at least; allow more"
                 )
             ranks = _filled(prepared, ranks, size - expected(ranks))
             smaller, _ = decomposed.model(decomposed.solutions(ranks))

@@ -75,6 +75,20 @@ COMPRESS = ("compress", "demo", "--out", "small", "--ratio")
             "'fair' is not one of 'curves', 'block-influence', 'split-influence', 'owl'",
         ),
         ((*COMPRESS, "0.3", "--dtype", "int8"), "'int8' is not one of"),
+        ((*COMPRESS, "0.3", "--calib", "banana"), "nor a known data set; known names: wikitext2, alpaca, c4"),
+        ((*COMPRESS, "0.3", "--seed", "-1"), "--seed -1 is outside 0 to 2^63 - 1"),
+        ((*COMPRESS, "0.3", "--seed", "1" * 30), "is outside 0 to 2^63 - 1"),
+        ((*COMPRESS, "0.3", "--seed", "x"), "Invalid value for '--seed': this is no whole number; see"),
+        ((*COMPRESS, "0.3", "--context", "0"), "--context 0 is too small"),
+        ((*COMPRESS, "0.3", "--budget", "watts"), "Invalid value for '--budget': 'watts' is not one of 'parameters'"),
+        ((*COMPRESS, "0.3", "--preset", "papr"), "'papr' is not one of 'default', 'paper'"),
+        ((*COMPRESS, "0.3", "--target-size", "1MB"), "--ratio and --target-size exclude each other"),
+        ((*COMPRESS[:-1], "--target-size", "small"), "'small' is no size; write 100MB"),
+        ((*COMPRESS[:-1], "--target-size", "0"), "a size of 0 bytes is too small"),
+        ((*COMPRESS[:-1], "--max-perplexity-increase", "10"), "write 10% for 10 in a hundred"),
+        ((*COMPRESS[:-1], "--max-perplexity-increase", "0"), "an increase of 0 is outside (0, 100)"),
+        ((*COMPRESS[:-1], "--max-perplexity-increase", "lots"), "'lots' is no share; write 10% or 0.1"),
+        ((*COMPRESS, "0.3", "--patterns", "bad.toml"), "bad.toml:1: the key `roles` is missing"),
         ((*COMPRESS, "0.3", "--json", "no/report.json"), "there is no folder no; make it first"),
         ((*COMPRESS, "0.3", "--json", "full"), "--json full is a folder"),
         ((*COMPRESS, "0.3", "--json", "empty.txt/a.json"), "there is no folder empty.txt"),
@@ -114,6 +128,7 @@ def test_bad_usage_is_one_line_exit_code_2_and_leaves_nothing(run, tmp_path, arg
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.bin").write_bytes(b"x")
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.toml").write_text('name = "bad"\n')
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*arguments)
     assert err.startswith("error: ")

@@ -36,6 +36,19 @@ HUB_TEXTS = {
 }
 
 
+def check_text(source: str | Path) -> None:
+    """Raises InputError where a text is neither the name of a hub data set nor a file that is there, of a kind read."""
+    if str(source) in HUB_TEXTS and isinstance(source, str):
+        return
+    file = Path(source).expanduser()
+    if file.suffix not in BUILDERS:
+        alike = difflib.get_close_matches(str(source), HUB_TEXTS, n=1)
+        advice = f"did you mean {alike[0]}?" if alike else f"known names: {', '.join(HUB_TEXTS)}"
+        raise InputError(f"text {source} is neither a {', '.join(BUILDERS)} file nor a known data set; {advice}")
+    if not file.is_file():
+        raise InputError(f"there is no text file {file}")
+
+
 def read_text(source: str | Path, purpose: Purpose = "calibration") -> str:
     """The whole text of a .txt, .json, .jsonl or .parquet file, or of a hub data set by name.
 
@@ -44,15 +57,10 @@ def read_text(source: str | Path, purpose: Purpose = "calibration") -> str:
     Raises InputError for a file that is missing, empty or unreadable and for an unknown name; HubUnreachable, within 5
     seconds, where a name is known and the hub is not there.
     """
+    check_text(source)
     if str(source) in HUB_TEXTS and isinstance(source, str):
         return _read_hub(source, purpose)
     file = Path(source).expanduser()
-    if file.suffix not in BUILDERS:
-        alike = difflib.get_close_matches(str(source), HUB_TEXTS, n=1)
-        advice = f"did you mean {alike[0]}?" if alike else f"known names: {', '.join(HUB_TEXTS)}"
-        raise InputError(f"text {source} is neither a {', '.join(BUILDERS)} file nor a known data set; {advice}")
-    if not file.is_file():
-        raise InputError(f"there is no text file {file}")
     text = _read_file(file)
     if not text.strip():
         raise InputError(f"the text file {file} holds no text")

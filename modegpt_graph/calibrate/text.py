@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.sampling import sample_windows
-from modegpt_graph.calibrate.sources import read_text
+from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
 
@@ -31,6 +31,12 @@ class Calibration:
     tokens: Tensor
     description: str
     fallback_reason: str | None = None
+
+
+def check_source(source: str | Path | Tensor) -> None:
+    """Raises InputError for a text that is not there, before any work starts; the hub is not asked."""
+    if not isinstance(source, Tensor) and str(source) != SELF:
+        check_text(source)
 
 
 def calibration_windows(
@@ -66,7 +72,7 @@ def calibration_windows(
     ids = _tokenised(text, tokenizer, source)
     shortest = min(window, SHORTEST_WINDOW)
     if len(ids) < shortest:
-        raise InputError(f"the text of {source} has {len(ids)} tokens; calibration needs {shortest} at least")
+        raise InputError(f"the text of {source} has {len(ids):,} tokens; calibration needs {shortest} at least")
     window = min(window, len(ids))
     available = len(ids) // window
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
@@ -122,7 +128,9 @@ def evaluation_windows(
     ids = _tokenised(read_text(source, "evaluation"), tokenizer, source)
     available = len(ids) // window
     if not available:
-        raise InputError(f"the text of {source} has {len(ids)} tokens, fewer than one window of {window}; try --window")
+        raise InputError(
+            f"the text of {source} has {len(ids):,} tokens, fewer than one window of {window:,}; try --window"
+        )
     return ids[: available * window].view(available, window)[:windows].clone()
 
 

@@ -27,7 +27,7 @@ def bench(
         int, typer.Option("--new-tokens", metavar="N", help="Tokens that are written, one at a time.")
     ] = 64,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="Each model is measured so often.")] = 5,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the random prompt.")] = 0,
+    seed: options.Seed = 0,
     json_file: options.JsonFile = None,
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:

@@ -33,6 +33,13 @@ def at_least(option: str, value: int | None, least: int) -> None:
         raise InputError(f"{option} {value} is too small; {least} is the least")
 
 
+def seed(value: int) -> int:
+    """In 0 to 2⁶³ − 1, what a random generator takes."""
+    if not 0 <= value < 2**63:
+        raise InputError(f"--seed {value} is outside 0 to 2^63 - 1; any small number does")
+    return value
+
+
 def out_directory(path: Path) -> None:
     """Absent, or an empty folder; and it can be made."""
     if path.is_dir():

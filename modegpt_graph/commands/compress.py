@@ -155,9 +155,7 @@ def compress(
             help="Number format to run and save in: float32, bfloat16 or float16. Decompositions are float64.",
         ),
     ] = Dtype.float32,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", rich_help_panel=METHOD, help="Same seed, same result.")
-    ] = 0,
+    seed: options.Seed = 0,
     patterns: options.Patterns = None,
     no_cache: Annotated[
         bool,

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from modegpt_graph.commands import checks
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -31,4 +33,7 @@ ApproximateNorm = Annotated[
         help="Take queries and keys under a norm of each head too, by an approximation whose error is measured.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="For everything random.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", callback=checks.seed, help="For everything random: same seed, same result."),
+]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.text import check_source, evaluation_windows, held_out_windows, windows_line
+from modegpt_graph.checkpoint.program import FORMATS, Program, export_program
 from modegpt_graph.compression import Report, Result, check_request, prepare
 from modegpt_graph.errors import InputError
-from modegpt_graph.evaluate import ThroughputComparison, compare_throughput, perplexity, random_prompt
+from modegpt_graph.evaluate import ThroughputComparison, check_decodes, compare_throughput, perplexity, random_prompt
 from modegpt_graph.evaluate.proof import Proof, prove
 from modegpt_graph.evaluate.task_files import read_task
 from modegpt_graph.evaluate.tasks import Accuracy, accuracies
@@ -26,7 +27,7 @@ from modegpt_graph.methods.matrices import matrix_sizes
 from modegpt_graph.methods.modular import needs_value_inputs
 from modegpt_graph.methods.names import METHODS
 from modegpt_graph.methods.race import race
-from modegpt_graph.models import ModelSource, can_generate, resolve
+from modegpt_graph.models import ModelSource, resolve, vocabulary_of
 from modegpt_graph.progress import Clock, NullProgress, Progress
 from modegpt_graph.report.compare import Comparison
 from modegpt_graph.rewrite.costs import CONTEXT
@@ -228,6 +229,30 @@ def evaluate(
     return replace(measured, tasks=accuracies(model, tokenizer, asked, progress)) if asked else measured
 
 
+def export(
+    directory: str | Path,
+    to: str,
+    out: str | Path,
+    factory: Any = None,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Program:
+    """Write a compressed folder in another format, once what was written gives the model's logits.
+
+    to: `torch-export`, one file that `torch.export.load` reads: token ids of any batch and length to logits, without a
+    cache.   out: a new file.   factory: as for `load`.
+    Raises InputError for an unknown format, a file that is there, a folder that holds no compressed model.
+    """
+    if to not in FORMATS:
+        raise InputError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
+    progress = progress or NullProgress()
+    with progress.stage("load the model"):
+        model = _compressed(directory, factory, trust_remote_code=trust_remote_code)
+    with progress.stage("export and check"):
+        return export_program(model, Path(out))
+
+
 def bench(
     directory: str | Path,
     against: Model,
@@ -244,19 +269,14 @@ def bench(
     prompt: tokens that are read in one pass.   new_tokens: written after it, one at a time, with the cache.
     Raises InputError for a folder that holds no compressed model, and for models without `generate`.
     """
-    if not checkpoint.is_compressed(Path(directory)):
-        raise InputError(f"{directory} holds no compressed model; name a folder that `compress` wrote")
     progress = progress or NullProgress()
     with progress.stage("load the models"):
+        smaller = _compressed(directory, trust_remote_code=trust_remote_code)
         dense = _original(against, None, trust_remote_code).load()
-        smaller = load(directory, trust_remote_code=trust_remote_code)
-    if not can_generate(dense):
-        raise InputError("speed is measured on models with `generate` and a key/value cache; this one has none")
-    vocabulary = next(part.num_embeddings for part in dense.modules() if isinstance(part, nn.Embedding))
+    check_decodes(dense)
+    tokens = random_prompt(vocabulary_of(dense), length=prompt, seed=seed)
     with progress.stage("measure", rounds) as stage:
-        return compare_throughput(
-            dense, smaller, random_prompt(vocabulary, length=prompt, seed=seed), new_tokens, rounds, stage.advance
-        )
+        return compare_throughput(dense, smaller, tokens, new_tokens, rounds, stage.advance)
 
 
 def compare_methods(
@@ -327,6 +347,13 @@ def compare_methods(
         fallback_reason=read.fallback_reason,
         seconds=clock.seconds,
     )
+
+
+def _compressed(directory: str | Path, factory: Any = None, *, trust_remote_code: bool) -> nn.Module:
+    """The model of a folder that `compress` wrote. Raises InputError where it is none."""
+    if not checkpoint.is_compressed(Path(directory)):
+        raise InputError(f"{directory} holds no compressed model; name a folder that `compress` wrote")
+    return load(directory, factory, trust_remote_code=trust_remote_code)
 
 
 def _name_of(text: str | Path | Tensor) -> str:

@@ -15,6 +15,7 @@ from modegpt_graph.commands.compare import compare
 from modegpt_graph.commands.compress import compress
 from modegpt_graph.commands.evaluate import evaluate
 from modegpt_graph.commands.explain import explain
+from modegpt_graph.commands.export import export
 from modegpt_graph.commands.patterns import check, list_patterns
 from modegpt_graph.commands.verify import verify
 from modegpt_graph.errors import ModegptError
@@ -37,6 +38,7 @@ for name, command in (
     ("eval", evaluate),
     ("compare", compare),
     ("bench", bench),
+    ("export", export),
     ("explain", explain),
 ):
     app.command(name, epilog=EXIT_CODES)(command)

@@ -15,7 +15,7 @@ from modegpt_graph.commands import runtime
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.report.schema import to_json
 
-COMMANDS = ("analyze", "compress", "verify", "eval", "compare", "bench", "explain", "patterns")
+COMMANDS = ("analyze", "compress", "verify", "eval", "compare", "bench", "export", "explain", "patterns")
 
 
 @pytest.fixture

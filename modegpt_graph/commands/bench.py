@@ -1,7 +1,6 @@
 """`bench`: how fast a compressed model reads and writes, beside the one that it was made from."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,7 +17,7 @@ LABELS = {"prefill": "reads a prompt", "decode": "writes new tokens"}
 
 
 def bench(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that compress wrote.", show_default=False)],
+    directory: options.CompressedFolder,
     against: Annotated[
         str, typer.Option("--against", metavar="MODEL", help="The model that it was made from.", show_default=False)
     ],

@@ -66,6 +66,13 @@ def out_file(option: str, path: Path | None) -> None:
     _writable(path.parent, f"{option} {path}")
 
 
+def new_file(option: str, path: Path) -> None:
+    """As `out_file`, and not there."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{option} {path} exists; name a new file")
+    out_file(option, path)
+
+
 def text_source(option: str, source: str) -> None:
     """A file that is there and not empty, or the name of a known text (which the API looks up)."""
     path = Path(source).expanduser()

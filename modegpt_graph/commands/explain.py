@@ -2,9 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from modegpt_graph.commands import checks, options
 from modegpt_graph.commands.runtime import results
@@ -14,7 +11,7 @@ REPORT = "report.json"
 
 
 def explain(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that compress wrote.", show_default=False)],
+    directory: options.CompressedFolder,
     html_file: options.HtmlFile = None,
 ) -> None:
     """Show the report of a compressed model again: what was done to each layer, and why.

@@ -15,6 +15,9 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+CompressedFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="Folder that compress wrote.", show_default=False)
+]
 Patterns = Annotated[
     list[Path] | None,
     typer.Option("--patterns", metavar="FILE|DIR", help="Pattern files, tried before the built-in ones; repeatable."),

@@ -5,6 +5,7 @@ from modegpt_graph.evaluate.perplexity import perplexity
 from modegpt_graph.evaluate.throughput import (
     Throughput,
     ThroughputComparison,
+    check_decodes,
     compare_throughput,
     random_prompt,
     tokens_per_second,
@@ -14,6 +15,7 @@ __all__ = [
     "Divergence",
     "Throughput",
     "ThroughputComparison",
+    "check_decodes",
     "compare",
     "compare_throughput",
     "kl_divergence",

@@ -45,15 +45,24 @@ def random_prompt(vocabulary: int, batch: int = 1, length: int = 512, seed: int 
     return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def check_decodes(model: nn.Module) -> str:
+    """Name of the argument that a model takes its cache back by.
+
+    Raises InputError for a model without `generate` or cache.
+    """
+    keyword = cache_keyword(model)
+    if not can_generate(model) or keyword is None:
+        raise InputError("speed is measured on models with `generate` and a key/value cache; this one has none")
+    return keyword
+
+
 @torch.no_grad()
 def tokens_per_second(model: nn.Module, prompt: Tensor, new_tokens: int) -> Throughput:
     """Time one prefill of `prompt` (B, S), and then the greedy writing of `new_tokens` tokens after it.
 
     Raises InputError for a model without `generate`: without a cache there is no decoding speed to speak of.
     """
-    keyword = cache_keyword(model)
-    if not can_generate(model) or keyword is None:
-        raise InputError("speed is measured on models with `generate` and a key/value cache; this one has none")
+    keyword = check_decodes(model)
     if new_tokens < 1 or prompt.ndim != 2 or prompt.numel() == 0:
         raise InputError("speed needs a prompt of shape (batch, length) and at least one new token")
     prompt = prompt.to(device_of(model))

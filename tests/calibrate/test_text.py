@@ -200,7 +200,7 @@ class TestEvaluationWindows:
         assert evaluation_windows(numbers, WordTokenizer()).shape == (4, 2048)
 
     def test_too_short(self, numbers):
-        with pytest.raises(InputError, match="fewer than one window of 20000"):
+        with pytest.raises(InputError, match="fewer than one window of 20,000"):
             evaluation_windows(numbers, WordTokenizer(), window=20_000)
 
     def test_self_is_no_text_to_evaluate_on(self):

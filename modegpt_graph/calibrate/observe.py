@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 from modegpt_graph.calibrate.inputs import ValueCollector, reads_one_value
 from modegpt_graph.calibrate.norms import NormCollector
 from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
-from modegpt_graph.codegen.emit import emit
+from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
+from modegpt_graph.codegen.join import joined, names_in, prefix_of
 from modegpt_graph.errors import OverflowedActivations
-from modegpt_graph.match.modules import Placed, SiteModule, projection_module
+from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.models import forward_logits, overflow_advice
 from modegpt_graph.progress import NullProgress, Progress
 
@@ -101,7 +102,7 @@ def _observed(
                         hook = _input_hook(observer, name)
                         handles.append(module.get_submodule(path).register_forward_pre_hook(hook))
             if within:
-                forward = emit(one.trace, observed=within)
+                forward = joined(emit(one.trace, observed=within), _observed_forks(one, within, value_inputs))
                 restores.append(_restore(module))
                 install(module, forward, f"Observed{type(module).__name__}")
                 object.__setattr__(module, "observe", _dispatch(own))
@@ -111,6 +112,20 @@ def _observed(
             handle.remove()
         for restore in restores:
             restore()
+
+
+def _observed_forks(one: SiteModule, within: Mapping[str, fx.Node], value_inputs: bool) -> list[tuple[str, Forward]]:
+    """The other ways through a module, each with the same values observed."""
+    forks = []
+    for number, (condition, fork) in enumerate(one.forks, 1):
+        nodes = {
+            key: node
+            for placed in fork.placed
+            for name, node in _collector(placed, value_inputs).nodes.items()
+            if (key := f"{placed.site.id}/{name}") in within
+        }
+        forks.append((condition, emit(fork.trace, observed=nodes, prefix=prefix_of(number), known=names_in(condition))))
+    return forks
 
 
 def _collector(placed: Placed, value_inputs: bool) -> Collector:

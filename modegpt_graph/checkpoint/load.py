@@ -27,8 +27,8 @@ from modegpt_graph.checkpoint.plan import (
 )
 from modegpt_graph.checkpoint.save import WEIGHTS_FILE, write_pretrained
 from modegpt_graph.errors import InputError, ModegptError
-from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.prepare import survey_model
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.models import ModelSource, resolve
 from modegpt_graph.models.build import quiet
 from modegpt_graph.models.source import one_line

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from modegpt_graph.codegen.expressions import EmitError, call, identifier, literal
 from modegpt_graph.codegen.gather import gathered
+from modegpt_graph.codegen.guards import guards
 from modegpt_graph.codegen.layout import wrapped
 from modegpt_graph.codegen.signature import LEADING, Signature
 from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.flow.shrink import Edits
 from modegpt_graph.trace.export import Output, Trace
+from modegpt_graph.trace.limits import DtypeLimit
 from modegpt_graph.trace.linear import Linear, find_linears
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall
 from modegpt_graph.trace.operations import Effect, arguments, effect, operation
@@ -48,6 +51,8 @@ class _Writer:
     edits: Edits
     linear_modules: Collection[str]
     observed: Mapping[str, fx.Node]
+    prefix: str = ""
+    known: Collection[str] = ()
     lines: list[str] = field(default_factory=list)
     text: dict[fx.Node, str] = field(default_factory=dict)
     imports: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -111,6 +116,8 @@ class _Writer:
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(value) == 1 else f"({inner})"
         if isinstance(value, torch.device):
             return f"{self.signature.main_expression()}.device"
+        if isinstance(value, DtypeLimit) and self.signature.main.meta["val"].is_floating_point():
+            return value.written(f"{self.signature.main_expression()}.dtype")
         if value is self.signature.main.meta["val"].dtype:
             return f"{self.signature.main_expression()}.dtype"
         return literal(value)
@@ -119,7 +126,7 @@ class _Writer:
         for known, other in self.buffers.items():
             if other.shape == value.shape and torch.equal(other, value):
                 return f"self.{known}"
-        base, number = identifier(name), 2
+        base, number = identifier(f"{self.prefix}{name}"), 2
         name = base
         while name in self.buffers:
             name, number = f"{base}_{number}", number + 1
@@ -133,9 +140,10 @@ class _Writer:
                 return self.signature.inputs[node.name]
             if node.name in self.trace.state:
                 return f"self.{_path(self.trace.state[node.name])}"
-            return self._buffer(
-                f"constant_{node.name.rpartition('lifted_tensor_')[2]}", self.trace.constants[node.name]
-            )
+            constant = self.trace.constants[node.name]
+            if isinstance(constant, FakeTensor) or constant.is_meta:
+                raise EmitError("it reads a tensor from where no code can find it again: register it as a buffer")
+            return self._buffer(f"constant_{node.name.rpartition('lifted_tensor_')[2]}", constant)
         name = operation(node)
         if name == "sym_size":
             value = node.meta["val"]
@@ -176,8 +184,9 @@ class _Writer:
         return self.write(value, node)
 
     def _attribute(self, name: str, value: int) -> str:
-        self.attributes[identifier(name)] = int(value)
-        return f"self.{identifier(name)}"
+        name = identifier(f"{self.prefix}{name}")
+        self.attributes[name] = int(value)
+        return f"self.{name}"
 
     def emit(self) -> Forward:
         live = self.live()
@@ -194,10 +203,8 @@ class _Writer:
                 for name in watched.get(node, ()):
                     self.lines.append(f"self.observe({name!r}, {self.text[node]})")
         self.lines.append(f"return {self._returned()}")
-        statements = [
-            self.signature.definition(),
-            *(f"    {line}" for line in (*self.signature.leading_sizes(), *self.lines)),
-        ]
+        lines = [*guards(self.trace, self.known), *self.signature.leading_sizes(), *self.lines]
+        statements = [self.signature.definition(), *(f"    {line}" for line in lines)]
         body = "\n".join(line for statement in statements for line in wrapped(statement, _CLASS_INDENT))
         return Forward(f"{body}\n", self.imports, self.attributes, self.buffers)
 
@@ -220,7 +227,7 @@ class _Writer:
             factor = self.edits.factors.get(node)
             if factor is not None:
                 name = self._variable(node)
-                buffer = identifier(f"factor_{node.name}")
+                buffer = identifier(f"{self.prefix}factor_{node.name}")
                 self.buffers[buffer] = factor
                 self.lines += [f"{name} = {text}", f"{name} = {name} * self.{buffer}.to({name}.dtype)"]
                 self.text[node] = name
@@ -340,7 +347,7 @@ def _path(name: str) -> str:
     """A dotted path as an attribute expression: `layers.0.mlp` → `layers[0].mlp`."""
     text = ""
     for part in name.split("."):
-        text += f"[{part}]" if part.isdigit() else f".{part}" if text else part
+        text += f"[{part}]" if part.isdigit() or part[:1] in "'\"" else f".{part}" if text else part
     return text
 
 
@@ -349,11 +356,15 @@ def emit(
     edits: Edits | None = None,
     linear_modules: Collection[str] = (),
     observed: Mapping[str, fx.Node] | None = None,
+    prefix: str = "",
+    known: Collection[str] = (),
 ) -> Forward:
     """Write a traced module's forward method.
 
     linear_modules: paths of modules that will be `nn.Linear` when the method runs, beside those that are already.
     observed: name → node; the method calls `self.observe(name, value)` as soon as it has the value.
+    prefix: of the names of the attributes and buffers that it reads beside the module's own.
+    known: names of arguments whose constants have been told apart before the method's body.
     Raises EmitError where an operation has no Python form.
     """
-    return _Writer(trace, edits or Edits(), linear_modules, observed or {}).emit()
+    return _Writer(trace, edits or Edits(), linear_modules, observed or {}, prefix, known).emit()

@@ -75,7 +75,9 @@ def literal(value: Any) -> str:
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, float):
+        return repr(float(value))
+    if value is None or isinstance(value, (bool, int, str)):
         return repr(value)
     if isinstance(value, (list, tuple)):
         inner = ", ".join(map(literal, value))

@@ -57,6 +57,15 @@ class Layout:
     def block_size(self) -> int:
         return max(kind.block_size for kind in self.kinds)
 
+    def equals(self, other: "Layout") -> bool:
+        """Whether the same rows and columns carry the same features, in the same blocks."""
+        return (
+            self.members.keys() == other.members.keys()
+            and all(torch.equal(rows, other.members[role]) for role, rows in self.members.items())
+            and len(self.kinds) == len(other.kinds)
+            and all(torch.equal(a.positions, b.positions) for a, b in zip(self.kinds, other.kinds, strict=True))
+        )
+
 
 def repeated(layout: Layout, copies: int, sizes: Mapping[str, int]) -> Layout:
     """The layout of `copies` equal sites in one tensor, whose groups are those of the first, the second, and so on.

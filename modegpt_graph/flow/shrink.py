@@ -16,7 +16,7 @@ from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.elements import OTHER, PADDING, hint, is_zero, shape_of
 from modegpt_graph.flow.labels import Flow, Labels, run_move
 from modegpt_graph.flow.relayout import RelayoutError, relayout, source_of, view_permute
-from modegpt_graph.trace.operations import Effect, arguments, effect, operation
+from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
 
 
 class ShrinkError(ModegptError):
@@ -140,7 +140,7 @@ def shrink(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> Edits
             edits.labels[node] = _select_all(node, labels, selection)
     starts = _kept_features(region, flow, selection)
     for node in region:
-        if any(operand in edits.bypassed for operand in node.all_input_nodes):
+        if any(operand in edits.bypassed for operand in data_operands(node)):
             _bypass(node, flow, edits, selection, starts)
         elif node in flow.labels:
             try:
@@ -217,6 +217,8 @@ def _bypass_outside(
         node = queue.pop()
         for user in node.users:
             if user in inside or user.op != "call_function" or effect(user) is Effect.SIZE:
+                continue
+            if node not in data_operands(user):
                 continue
             if effect(user) not in (Effect.MOVE, Effect.SAME):
                 if node in edits.bypassed:

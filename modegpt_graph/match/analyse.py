@@ -14,6 +14,7 @@ from modegpt_graph.match.decoder import common_path, decoder_matrices
 from modegpt_graph.match.footprint import Footprint, Outline, locate, outline
 from modegpt_graph.match.matcher import Match, Matcher, Miss
 from modegpt_graph.match.patterns import Pattern
+from modegpt_graph.match.place import place_of
 from modegpt_graph.match.products import attention_graph
 from modegpt_graph.match.reasons import decide, refusal
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, SiteType
@@ -132,9 +133,28 @@ def _used_otherwise(graph: Graph, group: Sequence[tuple[Outline, _Examined]]) ->
         nodes = {sketch.linears[role].node for sketch, _ in group}
         if len(nodes) != len(graph.linears[linear.weight]):
             return "one of its matrices is also used elsewhere"
-    if any(result is not group[0][1] for _, result in group):
+        for parameter in filter(None, (linear.weight, linear.bias)):
+            reader = graph.other_reader(parameter, linear.weight)
+            if reader is not None:
+                return f"`{parameter}` is also read by {place_of(reader)}, as a value of its own"
+    if not all(_same(group[0][1], result) for _, result in group):
         return "its matrices are used more than once, and not in the same way each time"
     return None
+
+
+def _same(one: _Examined, other: _Examined) -> bool:
+    """Whether a site may be changed in the same ways on two of its uses."""
+    if one is other:
+        return True
+    if one.layout is None or other.layout is None or one.finding is None or other.finding is None:
+        return False
+    return (
+        one.layout.equals(other.layout)
+        and one.finding.commutant == other.finding.commutant
+        and one.finding.between == other.finding.between
+        and one.certificate.holds == other.certificate.holds
+        and one.approximation == other.approximation
+    )
 
 
 def _examine(sketch: Outline, approximate_norm: bool) -> _Examined:
@@ -298,9 +318,10 @@ def _analysis(
 
 
 def _covered(located: Located) -> int:
-    """Parameters of the matrices that belong to a site."""
-    parts: dict[tuple[str, _Part], int] = {}
+    """Parameters of the matrices that belong to a site; a matrix that has two roles is counted once."""
+    parts: dict[str, dict[_Part, int]] = {}
     for role, linear in located.outline.linears.items():
         part = _part_of(located.outline, located.layout, role, located.site.roles[role].rows)
-        parts[linear.weight, part] = linear.copies * part.size
-    return sum(parts.values())
+        parts.setdefault(linear.weight, {})[part] = linear.copies * part.size
+    model = located.outline.graph.trace.module
+    return sum(min(sum(own.values()), model.get_parameter(weight).numel()) for weight, own in parts.items())

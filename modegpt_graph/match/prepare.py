@@ -11,21 +11,23 @@ from torch import nn
 
 from modegpt_graph.data import patterns_directory
 from modegpt_graph.match.analyse import Survey, survey
-from modegpt_graph.match.modules import Found, SiteModule, site_modules
+from modegpt_graph.match.modules import Found, site_modules
 from modegpt_graph.match.pattern_file import load_patterns
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.reasons import refusal
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.match.sites import Analysis
 from modegpt_graph.models import ModelSource, accepts_use_cache
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.trace.export import Trace, TraceError, export, whole_model_call
+from modegpt_graph.trace.precision import exporter
 
 TOKENS = 7  # of the traced example: few, and a size that nothing else in a model has
 
 
 @dataclass(frozen=True)
 class Surveyed:
-    """A model's skeleton, its trace and its sites."""
+    """A model's skeleton, its trace and its sites. dtype: that of the model's own parameters."""
 
     skeleton: nn.Module
     trace: Trace
@@ -33,6 +35,7 @@ class Surveyed:
     patterns: tuple[Pattern, ...]
     example_inputs: tuple | None
     approximate_norm: bool = False
+    dtype: torch.dtype | None = None
 
     def modules(self) -> tuple[SiteModule, ...]:
         """The smallest module of every site that can be decomposed, traced as the model calls it; traced once."""
@@ -57,7 +60,10 @@ class Surveyed:
 
     @cached_property
     def _found(self) -> Found:
-        return site_modules(self.skeleton, self.survey, self.patterns, self.example_inputs)
+        traced = dtype_of(self.skeleton)
+        # The library's modules read nothing off their dtype but masks, which are made outside of them.
+        own = self.dtype if self.example_inputs is not None else traced
+        return site_modules(self.skeleton, self.survey, self.patterns, self.example_inputs, exporter(traced, own))
 
 
 def read_patterns(extra: Iterable[str | Path] | None = None) -> tuple[Pattern, ...]:
@@ -90,7 +96,8 @@ def survey_model(
             skeleton, trace = _traced(source, None)
     with progress.stage("match and certify"):
         found = survey(trace, patterns, source.name, source.architecture, approximate_norm=approximate_norm)
-    return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs, approximate_norm)
+    dtype = dtype_of(source.skeleton())
+    return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs, approximate_norm, dtype)
 
 
 def _traced(source: ModelSource, dtype: torch.dtype | None) -> tuple[nn.Module, Trace]:
@@ -101,6 +108,11 @@ def _traced(source: ModelSource, dtype: torch.dtype | None) -> tuple[nn.Module, 
     if source.config is not None:
         skeleton.config._attn_implementation = "eager"
     return skeleton, export(skeleton, _call(skeleton, source.example_inputs))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model's first floating-point parameter."""
+    return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
 def _call(skeleton: nn.Module, example_inputs: tuple | None):

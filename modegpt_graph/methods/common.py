@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.errors import ModegptError
-from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.prepare import Surveyed
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import Progress
 

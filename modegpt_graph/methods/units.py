@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.statistics import ConsumerStatistics
-from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.methods.common import Setting, Smaller, Unavailable
 from modegpt_graph.rewrite.apply import linear_path, rewrite
 from modegpt_graph.rewrite.solution import Solution

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from modegpt_graph.calibrate.text import Calibration
-from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, SiteOutcome
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.bounds import SiteBounds, site_bounds

@@ -8,10 +8,11 @@ from torch import Tensor, fx, nn
 
 from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
+from modegpt_graph.codegen.join import joined, names_in, prefix_of
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
-from modegpt_graph.match.modules import Placed, SiteModule, labels_of
 from modegpt_graph.match.probe import selection_of
+from modegpt_graph.match.site_module import Placed, SiteModule, labels_of
 from modegpt_graph.rewrite.solution import Solution, slots, taken
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.operations import operation
@@ -99,21 +100,32 @@ def _rewrite_module(
     placed = [p for p in one.placed if p.site.id in solutions]
     selection = _merged(one, placed, solutions)
     edits = shrink(one.region, one.flow, selection)
+    ways = [_edited(fork, solutions) for _, fork in one.forks]
     for p in placed:
         if p.site.is_approximated:
             edits.factors |= _query_factor(one, p, edits, solutions[p.site.id])
     matrices = _matrices(module, one, placed, solutions, selection, edits)
-    converts = not edits.empty
+    converts = not edits.empty or any(not way.empty for way in ways)
     resized = dict(_replace(module, copies, converts) for copies in matrices.values())
-    if edits.empty:
+    if not converts:
         return RewrittenModule(one.path, None, None, resized)
-    forward = emit(one.trace, edits, [path for path, shape in resized.items() if shape.is_linear])
+    linear_modules = [path for path, shape in resized.items() if shape.is_linear]
+    others = [
+        (condition, emit(fork.trace, way, linear_modules, prefix=prefix_of(number), known=names_in(condition)))
+        for number, ((condition, fork), way) in enumerate(zip(one.forks, ways, strict=True), 1)
+    ]
+    forward = joined(emit(one.trace, edits, linear_modules), others)
     name = names.setdefault(
         (type(module), forward.source), f"Compressed{type(module).__name__}{_number(names, module)}"
     )
     install(module, forward, name)
     mixes = (one.graph.traced(key) for key in one.graph.nodes if one.graph.operation(key) == "mix")
     return RewrittenModule(one.path, name, forward, resized, any(operation(node) != "attention" for node in mixes))
+
+
+def _edited(fork: SiteModule, solutions: Mapping[str, Solution]) -> Edits:
+    placed = [p for p in fork.placed if p.site.id in solutions]
+    return shrink(fork.region, fork.flow, _merged(fork, placed, solutions))
 
 
 def _query_factor(one: SiteModule, placed: Placed, edits: Edits, solution: Solution) -> dict[fx.Node, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from modegpt_graph.calibrate.norms import NormStatistics
 from modegpt_graph.decompose.nonnegative import nonnegative
 from modegpt_graph.match.approximate import Norm, norms_of
-from modegpt_graph.match.modules import Placed
+from modegpt_graph.match.site_module import Placed
 from modegpt_graph.rewrite.solution import Solution, blocks_of, taken
 
 MEASURED_RANKS = 8  # of an error curve; between them it is a straight line

@@ -23,7 +23,7 @@ from modegpt_graph.decompose.logits import Scale
 from modegpt_graph.decompose.numerics import energy, mean_diagonal, ratio_of
 from modegpt_graph.decompose.nystrom import Consumer
 from modegpt_graph.decompose.value_output import fit_outputs
-from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.rewrite.solution import Solution, rank_of
 
 SHARES = (0.25, 0.5, 0.75, 0.875)  # of the features: where a curve is told

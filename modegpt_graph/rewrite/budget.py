@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.allocate.budget import Item
-from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.models import cache_of, can_generate
 
 GROUPED_MULTIPLE = 8  # kernels that multiply all experts at once read rows of whole 16 bytes: 8 numbers of 2 bytes

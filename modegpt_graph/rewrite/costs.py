@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from modegpt_graph.allocate.budget import PARAMETERS, Item
 from modegpt_graph.flow.labels import shape_of
-from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.rewrite.budget import cache_bytes, site_items, stored_bytes
 from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.graph import Graph, normalise

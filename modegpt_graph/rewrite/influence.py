@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import rewrite

@@ -12,7 +12,7 @@ from modegpt_graph.decompose.elimination import eliminate_in_order
 from modegpt_graph.decompose.numerics import energy, ratio_of
 from modegpt_graph.decompose.nystrom import consumer, refit_rows, selection_order
 from modegpt_graph.decompose.value_output import paper_value_output
-from modegpt_graph.match.modules import Placed
+from modegpt_graph.match.site_module import Placed
 from modegpt_graph.rewrite.bounds import Bounds, ColumnsBounds, ValueBounds
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import Problem, Recipe, ScoreBlocks, Solver, consumer_problem, solver

@@ -12,7 +12,7 @@ from modegpt_graph.allocate.curves import allocate_by_curves
 from modegpt_graph.allocate.entropic import entropic_ratios, uniform_ratios
 from modegpt_graph.allocate.outliers import outlier_ratios
 from modegpt_graph.calibrate.blocks import Block
-from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.expected import expected_divergences, is_told
 from modegpt_graph.rewrite.influence import influences

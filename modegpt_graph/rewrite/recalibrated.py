@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
-from modegpt_graph.match.modules import Placed, SiteModule, projection_module
+from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.apply import refit_in
 from modegpt_graph.rewrite.recalibrate import recalibrate

@@ -19,7 +19,7 @@ from modegpt_graph.decompose.svd import query_key_svd
 from modegpt_graph.decompose.value_output import value_output_svd
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.flow.layout import Layout
-from modegpt_graph.match.modules import Placed
+from modegpt_graph.match.site_module import Placed
 from modegpt_graph.rewrite.approximate_norm import ApproximateScoreBlocks
 from modegpt_graph.rewrite.bounds import (
     BasisBounds,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.models import accepts_use_cache, cache_keyword, cache_of, is_cache
-from modegpt_graph.trace.fake import fake_cpu, on_meta
+from modegpt_graph.trace.fake import fake_cpu, kept_state, on_meta
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.quiet import quiet
 
@@ -38,6 +38,8 @@ class Call:
     length: (tensor, axis) whose size is that of all tokens so far, where the call has one.
     cache_layers: the layer numbers under which the call updated the cache, in order.
     positional: names of the arguments that were given by position.
+    others: the calls in the same run that give it other constants.
+    only_as_seen: whether other constants than these are an error: the code that was traced may have depended on them.
     obstacle: why a trace under this call does not say all that the module does; None where it does.
     """
 
@@ -49,6 +51,8 @@ class Call:
     has_cache: bool
     cache_layers: tuple[int, ...] = ()
     positional: tuple[str, ...] = ()
+    others: tuple["Call", ...] = ()
+    only_as_seen: bool = False
     obstacle: str | None = None
 
     def inputs(self) -> list[tuple[Path, int]]:
@@ -69,6 +73,14 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class SizeSlot:
+    """Place of a whole number among a call's arguments that is the size of a tensor's axis."""
+
+    index: int
+    axis: int
+
+
+@dataclass(frozen=True)
 class CacheSlot:
     """Place of the key/value cache among a call's arguments."""
 
@@ -81,7 +93,7 @@ def accepted_keywords(module: nn.Module) -> frozenset[str]:
 
 
 def _is_leaf(value: object) -> bool:
-    return isinstance(value, (Slot, CacheSlot)) or is_cache(value)
+    return isinstance(value, (Slot, SizeSlot, CacheSlot)) or is_cache(value)
 
 
 @dataclass
@@ -91,12 +103,6 @@ class _Seen:
     tensors: list[Tensor]
     cache_layers: list[int]
     positional: tuple[str, ...]
-    obstacle: str | None = None
-
-    def constants(self) -> list[object]:
-        """What the call says beside tensors and caches."""
-        leaves = pytree.tree_leaves(self.arguments, is_leaf=_is_leaf)
-        return [leaf for leaf in leaves if isinstance(leaf, (bool, int, float, str, type(None)))]
 
 
 @contextmanager
@@ -148,8 +154,8 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
 
 def _run(
     model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None, keyword: str | None
-) -> dict[str, _Seen]:
-    """Arguments of the first call of each module, on the meta device, or on a fake CPU where that is not enough."""
+) -> dict[str, list[_Seen]]:
+    """Arguments of every call of each module, on the meta device, or on a fake CPU where that is not enough."""
     try:
         return _run_once(model, modules, sizes, example_inputs, lambda value: value, keyword)
     except (RuntimeError, NotImplementedError):
@@ -160,8 +166,8 @@ def _run(
         # As many as no other axis has: they differ from run to run, and follow neither batch nor length.
         unknown = sizes.batch * (sizes.tokens + sizes.cached) + 1
         return {
-            name: replace(one, tensors=[on_meta(tensor, unknown) for tensor in one.tensors])
-            for name, one in seen.items()
+            name: [replace(one, tensors=[on_meta(tensor, unknown) for tensor in one.tensors]) for one in calls]
+            for name, calls in seen.items()
         }
 
 
@@ -173,21 +179,18 @@ def _run_once(
     fake: Callable[[Tensor], Tensor],
     keyword: str | None,
     unused: int = 0,
-) -> dict[str, _Seen]:
-    """Arguments of the first call of each module; the run has a cache with tokens in it, given under `keyword`.
+) -> dict[str, list[_Seen]]:
+    """Arguments of every call of each module; the run has a cache with tokens in it, given under `keyword`.
 
     unused: see `every_branch`.
     """
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, list[_Seen]] = {}
     running: list[str] = []
 
     def enter(name: str):
         def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
             running.append(name)
-            called = _recorded(module, args, kwargs)
-            first = seen.setdefault(name, called)
-            if called.constants() != first.constants():
-                first.obstacle = "the model calls it more than once, each time with other constants"
+            seen.setdefault(name, []).append(_recorded(module, args, kwargs))
 
         return record
 
@@ -196,7 +199,7 @@ def _run_once(
 
     def updated(layer: int) -> None:
         for name in running:
-            seen[name].cache_layers.append(layer)
+            seen[name][0].cache_layers.append(layer)
 
     def run(count: int, **kwargs: Any) -> Any:
         tokens = torch.zeros(sizes.batch, count, dtype=torch.long, device="meta")
@@ -262,7 +265,15 @@ def _length_axis(
     return next(iter([*exact, *windowed]), None)
 
 
-def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tuple | None = None) -> dict[str, Call]:
+SIZES = Sizes(2, 5, 4), Sizes(3, 7, 11)
+
+
+def record_calls(
+    skeleton: nn.Module,
+    names: Iterable[str],
+    example_inputs: tuple | None = None,
+    sizes: tuple[Sizes, Sizes] = SIZES,
+) -> dict[str, Call]:
     """How `skeleton` (on the meta device) calls each of its modules `names`.
 
     The model runs twice, at different sizes; an axis whose size differs between the runs is dynamic. Modules that are
@@ -270,27 +281,20 @@ def record_calls(skeleton: nn.Module, names: Iterable[str], example_inputs: tupl
     Raises ModegptError where the model cannot be run.
     """
     modules = {name: skeleton.get_submodule(name) for name in names}
-    first, second = Sizes(2, 5, 4), Sizes(3, 7, 11)
-    runs, uncached = _runs(skeleton, modules, (first, second), example_inputs)
+    runs, uncached = _runs(skeleton, modules, sizes, example_inputs)
     calls = {}
     for name in modules:
         if not all(name in run for run in runs):
             continue
-        one, others = runs[0][name], runs[1][name].tensors
-        arguments, tensors, obstacle = one.arguments, one.tensors, one.obstacle
-        dynamic = tuple(
-            tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
-            for a, b in zip(tensors, others, strict=True)
-        )
-        length = _length_axis(dynamic, (tensors, others), (first, second))
-        leaves = pytree.tree_leaves(arguments, is_leaf=_is_leaf)
-        has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
-        layers = tuple(one.cache_layers)
-        if uncached is not None and _may_be_given_more(modules[name], arguments):
-            obstacle = f"the model could only be run without its cache ({uncached})"
-        calls[name] = Call(
-            arguments, one.extra, tuple(tensors), dynamic, length, has_cache, layers, one.positional, obstacle
-        )
+        first, second = (run[name] for run in runs)
+        distinct: dict[object, Call] = {}
+        for one, other in zip(first, second, strict=False):
+            call = replace(_call(one, other, sizes), only_as_seen=example_inputs is not None)
+            if uncached is not None and _may_be_given_more(modules[name], call.arguments):
+                call = replace(call, obstacle=f"the model could only be run without its cache ({uncached})")
+            distinct.setdefault(_constants(one), call)
+        main, *others = distinct.values()
+        calls[name] = replace(main, others=tuple(others))
     return calls
 
 
@@ -302,7 +306,7 @@ def _may_be_given_more(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
 
 def _runs(
     skeleton: nn.Module, modules: Mapping[str, nn.Module], sizes: Sequence[Sizes], example_inputs: tuple | None
-) -> tuple[list[dict[str, _Seen]], str | None]:
+) -> tuple[list[dict[str, list[_Seen]]], str | None]:
     """One run of each size; why they had no cache, where the model takes one and could not be run with it.
 
     Modules that have nothing to do with the cache are called alike without it.
@@ -311,9 +315,67 @@ def _runs(
     reason = None
     for tried in dict.fromkeys((keyword, None)):
         try:
-            with quiet():
-                return [_run(skeleton, modules, one, example_inputs, tried) for one in sizes], reason
+            runs = []
+            for one in sizes:
+                with kept_state(skeleton), quiet():
+                    runs.append(_run(skeleton, modules, one, example_inputs, tried))
+            return runs, reason
         except Exception as error:  # a model's own code fails in as many ways as it can be written
             lines = str(error).strip().splitlines()
             reason = reason or f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     raise ModegptError(f"the model could not be run on the meta device, to see how it calls its modules: {reason}")
+
+
+def _constants(one: _Seen) -> object:
+    """What tells calls of one module apart: everything but the values and sizes of tensors."""
+    leaves, structure = pytree.tree_flatten(one.arguments, is_leaf=_is_leaf)
+    tensors = tuple((tensor.ndim, tensor.dtype) for tensor in one.tensors)
+    return str(structure), tensors, tuple((type(leaf), plain(leaf)) for leaf in leaves)
+
+
+def plain(leaf: object) -> object:
+    """A constant among arguments: itself where it is a number, a word or None, else its type."""
+    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf).__name__
+
+
+def _call(first: _Seen, second: _Seen, sizes: tuple[Sizes, Sizes]) -> Call:
+    """One call as it was in two runs."""
+    tensors, others = first.tensors, second.tensors
+    leaves, structure = pytree.tree_flatten(first.arguments, is_leaf=_is_leaf)
+    obstacle = None
+    if pytree.tree_flatten(second.arguments, is_leaf=_is_leaf)[1] != structure or len(tensors) != len(others):
+        obstacle, others = "the model calls it otherwise when there are more tokens", tensors
+    dynamic = tuple(
+        tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
+        for a, b in zip(tensors, others, strict=True)
+    )
+    arguments = dict(first.arguments)
+    if obstacle is None:
+        axes = {
+            (int(tensors[index].shape[axis]), int(others[index].shape[axis])): SizeSlot(index, axis)
+            for index, own in reversed(list(enumerate(dynamic)))
+            for axis in reversed(own)
+        }
+        again = pytree.tree_leaves(second.arguments, is_leaf=_is_leaf)
+        for place, (one, other) in enumerate(zip(leaves, again, strict=True)):
+            if (type(one), plain(one)) == (type(other), plain(other)):
+                continue
+            size = axes.get((one, other)) if type(one) is int and type(other) is int else None
+            if size is None:
+                obstacle = f"it is given a value that changes with the number of tokens ({one}, then {other})"
+            else:
+                leaves[place] = size
+        arguments = pytree.tree_unflatten(leaves, structure)
+    has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
+    length = _length_axis(dynamic, (tensors, others), sizes)
+    return Call(
+        arguments,
+        first.extra,
+        tuple(tensors),
+        dynamic,
+        length,
+        has_cache,
+        tuple(first.cache_layers),
+        first.positional,
+        obstacle=obstacle,
+    )

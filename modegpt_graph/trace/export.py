@@ -1,7 +1,6 @@
 """A module, called as its model calls it, as one FX graph of ATen operations with the opaque calls in place."""
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,10 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
 from modegpt_graph.errors import ModegptError
-from modegpt_graph.trace.calls import CacheSlot, Call, Slot
+from modegpt_graph.trace.branches import watched_branches
+from modegpt_graph.trace.calls import CacheSlot, Call, SizeSlot, Slot
 from modegpt_graph.trace.contractions import spell_einsums
-from modegpt_graph.trace.fake import fake_cpu
+from modegpt_graph.trace.fake import fake_cpu, kept_tensors
 from modegpt_graph.trace.filled import join_filled
 from modegpt_graph.trace.grouped import group_experts
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
@@ -41,10 +41,12 @@ class Trace:
     """One traced module.
 
     graph: FX graph over ATen operations; every placeholder is in exactly one of the three mappings below.
-    inputs: placeholder → index into `call.tensors`.   state: placeholder → parameter or buffer name in the module.
+    inputs: placeholder → index into `call.tensors`.   state: placeholder → name of the parameter, buffer or other
+    tensor that the module keeps.
     constants: placeholder → tensor made while tracing.
     output: what the module returns, tensors replaced by `Output`; `AttentionWeights` where an opaque call's stand.
     assumes_all: whether it stands for the module only where a mask meets everything (`loops`).
+    branches: where the module's code asked how large a dynamic axis is ("file.py:12"): other sizes may go another way.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class Trace:
     calls: Sequence[AttentionCall | CacheCall]
     output: Any
     assumes_all: bool = False
+    branches: tuple[str, ...] = ()
 
 
 class _Called(nn.Module):
@@ -71,12 +74,16 @@ class _Called(nn.Module):
         def fill(leaf: object) -> object:
             if isinstance(leaf, Slot):
                 return tensors[leaf.index]
+            if isinstance(leaf, SizeSlot):
+                return tensors[leaf.index].shape[leaf.axis]
             if isinstance(leaf, CacheSlot):
                 length = None if call.length is None else tensors[call.length[0]].shape[call.length[1]]
                 return TracedCache(leaf.cache, self.recorder, length)
             return leaf
 
-        arguments = pytree.tree_map(fill, dict(call.arguments), is_leaf=lambda x: isinstance(x, (Slot, CacheSlot)))
+        arguments = pytree.tree_map(
+            fill, dict(call.arguments), is_leaf=lambda x: isinstance(x, (Slot, SizeSlot, CacheSlot))
+        )
         positional = next((name for name in arguments if name.startswith("*")), None)
         starred = arguments.pop(positional) if positional else ()
         # A method may be wrapped by one that calls its parameters otherwise: what was given by position stays so.
@@ -103,7 +110,13 @@ def export(module: nn.Module, call: Call) -> Trace:
     Raises TraceError, with the reason of torch.export in one line.
     """
     try:
-        with quiet(), torch.no_grad(), fake_cpu(module, call.tensors) as fake:
+        with (
+            quiet(),
+            torch.no_grad(),
+            fake_cpu(module, call.tensors) as fake,
+            watched_branches() as branches,
+        ):
+            kept = kept_tensors(module)
             recorder, program = with_places_that_are_used(lambda unused: _exported(module, call, fake, unused))
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
@@ -124,12 +137,19 @@ def export(module: nn.Module, call: Call) -> Trace:
             path = str(spec.target).removeprefix("module.")
             state[name] = names.get(path, path)
         else:
-            constants[name] = program.constants[str(spec.target)]
+            constant = program.constants[str(spec.target)]
+            place = next((path for path, tensor in kept if tensor is constant), None)
+            if place is not None:
+                state[name] = place
+            else:
+                constants[name] = constant
     for node in program.graph.nodes:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]
-    calls, output = tuple(recorder.calls), recorder.output
-    return Trace(module, call, program.graph, inputs, state, constants, calls, output, recorder.assumes_all)
+    calls, asked = tuple(recorder.calls), tuple(branches)
+    return Trace(
+        module, call, program.graph, inputs, state, constants, calls, recorder.output, recorder.assumes_all, asked
+    )
 
 
 def _exported(
@@ -179,9 +199,7 @@ def _writes_in_place(graph: fx.Graph) -> bool:
 
 def _without_writes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program with every write into an operand as a new value."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own deprecated calls here
-        return program.run_decompositions({})
+    return program.run_decompositions({})
 
 
 def whole_model_call(input_ids: Tensor, rest: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> Call:

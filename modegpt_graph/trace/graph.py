@@ -12,7 +12,7 @@ import networkx
 from torch import fx, nn
 
 from modegpt_graph.trace.export import Trace
-from modegpt_graph.trace.linear import Linear, find_linears
+from modegpt_graph.trace.linear import TURNS, Linear, find_linears
 from modegpt_graph.trace.operations import Effect, data_operands, effect, is_data, operation
 
 ELEMENTWISE = frozenset({Effect.LINEAR_UNARY, Effect.UNARY, Effect.SUM, Effect.PRODUCT})
@@ -61,6 +61,21 @@ class Graph:
     def is_linear(self, node: fx.Node) -> bool:
         """Whether a traced node multiplies by a weight matrix."""
         return node in self._linear_nodes
+
+    def other_reader(self, parameter: str, weight: str) -> fx.Node | None:
+        """An operation that reads a parameter for something else than the products with `weight`; None without one."""
+        products = [linear for key in self.linears[weight] if (linear := self.linear(key)) is not None]
+        own = {node for linear in products for node in (linear.node, *linear.inner)}
+        queue = [node for node in self.trace.graph.nodes if self.trace.state.get(node.name) == parameter]
+        while queue:
+            node = queue.pop()
+            for user in node.users:
+                if user in own or not is_data(user) or node not in data_operands(user):
+                    continue
+                if operation(user) not in TURNS and effect(user) is not Effect.SAME:
+                    return user
+                queue.append(user)
+        return None
 
     def place(self, node: fx.Node) -> int:
         """Place of a traced node in topological order."""

@@ -44,7 +44,7 @@ class Linear:
         return (columns, rows) if self.transposed else (rows, columns)
 
 
-_TURNS = {"t", "transpose", "permute", "T", "mT", "numpy_T", "swapaxes"}
+TURNS = {"t", "transpose", "permute", "T", "mT", "numpy_T", "swapaxes"}
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
 
 
@@ -61,7 +61,7 @@ def _parameter(node: object, state: Mapping[str, str]) -> tuple[str, bool, int] 
     """(name, whether it is turned, axes) of a parameter, read directly or with its last two axes exchanged."""
     turned = False
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if operation(node) in _TURNS and _turns_last(node):
+        if operation(node) in TURNS and _turns_last(node):
             turned = not turned
         elif effect(node) is not Effect.SAME:
             return None

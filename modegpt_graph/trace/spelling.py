@@ -57,9 +57,16 @@ def _other_name(target: Any) -> Callable[[fx.Graph, fx.Node], fx.Node]:
     return lambda graph, node: call_like(graph, node, target, *arguments(node))
 
 
+def _type_as(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A cast to the dtype of another value, of which nothing else is read."""
+    value, other = arguments(node)[:2]
+    return call_like(graph, node, aten.to.dtype, value, other.meta["val"].dtype)
+
+
 _FORMS: Mapping[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
     "glu": _glu,
     "prelu": _prelu,
+    "type_as": _type_as,
     "multiply": _other_name(aten.mul.Tensor),
     "divide": _other_name(aten.div.Tensor),
     "true_divide": _other_name(aten.div.Tensor),

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.checkpoint import load, save
-from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.patterns import Pattern
 from modegpt_graph.match.prepare import read_patterns, survey_model
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.models import ModelSource, resolve
 from modegpt_graph.models.build import random_model
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite

@@ -93,6 +93,8 @@ def unique_fibres(classes: Tensor) -> Tensor:
         if first in seen and not torch.equal(seen[first].sort().values, fibre.sort().values):
             raise LayoutError("two heads share some features but not all of them")
         seen.setdefault(first, fibre)
+    if sum(len(fibre.unique()) for fibre in seen.values()) != len(classes.unique()):
+        raise LayoutError("two heads share some features but not all of them")
     return torch.stack(list(seen.values()))
 
 

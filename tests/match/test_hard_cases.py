@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from fixtures import llama2c, nanogpt, torchtune_style
+from fixtures import fused, llama2c, nanogpt, torchtune_style
 from fixtures.hard_cases import (
     Attention,
     Decoder,
@@ -210,3 +210,18 @@ def test_the_torchtune_style_with_norms_is_refused_by_their_names(analysed: Anal
     one = site(analysed(lambda: torchtune_style.TransformerDecoder(has_norms=True)), "query-key")
     assert one.decomposition is None
     assert "the norms `q_norm` and `k_norm` (rms_norm over the 8 features of a head)" in one.reason
+
+
+def test_grouped_heads_of_one_fused_projection_half_of_each_rotated(analysed: Analysed) -> None:
+    analysis = analysed(fused.Decoder)
+    assert (analysis.coverage, analysis.unmatched) == (1.0, ())
+    assert all(admitted(one) for one in analysis.sites)
+    one = site(analysis, "query-key")
+    assert (one.commutant, one.block_size, one.groups) == ("blocks", 2, fused.GROUPS)
+    assert one.reason.endswith("whole blocks are kept; the other 4 features of a head are free")
+    fourth = fused.GROUPS * fused.HEAD_DIM
+    assert one.roles["query"].rows == ((0, fused.WIDTH),)
+    assert one.roles["key"].rows == ((fused.WIDTH, fused.WIDTH + fourth),)
+    assert site(analysis, "value-output").roles["value"].rows == ((fused.WIDTH + fourth, fused.WIDTH + 2 * fourth),)
+    assert site(analysis, "gated-mlp").roles["gate"].parameter == "blocks.0.mlp.dense_h_to_4h.weight"
+    assert site(analysis, "gated-mlp").roles["gate"].rows == ((0, fused.HIDDEN),)

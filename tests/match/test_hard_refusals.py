@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fixtures import fused
 from fixtures import hard_refusals as forms
 from fixtures.hard_cases import Attention, half_split
 from fixtures.hard_cases import Decoder as Usual
@@ -149,3 +150,30 @@ def test_the_forms_run() -> None:
         assert Usual(Attention(position))(ids).isfinite().all()
     for hidden in (forms.sub_normed, forms.squared_softmax, forms.clamped_by_itself, forms.mirrored):
         assert forms.Decoder(lambda hidden=hidden: forms.Alone(forms.MLP(hidden)))(ids).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("attention", "pattern", "reason"),
+    [
+        (
+            lambda: fused.Attention(is_normed=True),
+            "value-output",
+            "refused: the norm `projection_norm` (layer_norm over all 64 features, across heads): every feature",
+        ),
+        (
+            lambda: fused.Attention(fused.rest_normed),
+            "query-key",
+            "refused: layer_norm over the 4 features of a head: every feature depends on the others",
+        ),
+        (fused.Overlapping, "query-key", "refused: two heads share some features but not all of them"),
+    ],
+    ids=["a norm before the split", "a norm of what is not rotated", "heads that overlap"],
+)
+def test_fused_and_grouped_heads_whose_features_are_not_free(
+    analysed: Analysed, attention: Callable[[], nn.Module], pattern: str, reason: str
+) -> None:
+    analysis = analysed(lambda: fused.Decoder(attention))
+    one = site(analysis, pattern)
+    assert one.decomposition is None
+    assert one.reason.startswith(reason)
+    assert site(analysis, "gated-mlp").decomposition == "nystrom"

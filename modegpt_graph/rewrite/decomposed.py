@@ -12,8 +12,8 @@ from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.calibrate.outliers import outlier_shares
+from modegpt_graph.match.modules import SiteModule
 from modegpt_graph.match.prepare import Surveyed
-from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
 from modegpt_graph.rewrite.budget import site_items

@@ -7,7 +7,7 @@ from torch import nn
 
 from modegpt_graph.calibrate.statistics import Statistics
 from modegpt_graph.errors import InputError
-from modegpt_graph.match.site_module import Placed
+from modegpt_graph.match.modules import Placed
 from modegpt_graph.rewrite.paper import paper_solver
 from modegpt_graph.rewrite.solve import Recipe, Solver, solver
 

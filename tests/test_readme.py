@@ -74,6 +74,16 @@ def test_every_pattern_shown_is_one_that_is_read(tmp_path: Path) -> None:
         assert pattern.name in block
 
 
+def test_every_allocator_preset_budget_and_method_is_named() -> None:
+    from modegpt_graph.methods.names import METHODS
+    from modegpt_graph.rewrite.costs import BUDGETS
+    from modegpt_graph.rewrite.presets import PRESETS
+    from modegpt_graph.rewrite.ranks import ALLOCATORS
+
+    for name in (*ALLOCATORS, *PRESETS, *BUDGETS, *METHODS):
+        assert re.search(rf"`(?:--preset )?{name}`", README) or name in ("default", "parameters"), name
+
+
 @pytest.mark.parametrize("place", re.findall(r"`((?:[\w.]+/)+)`", README))
 def test_every_folder_named_is_there(place: str) -> None:
     assert (ROOT / place).is_dir()

@@ -10,7 +10,7 @@ from modegpt_graph.commands.runtime import messages, quieten, results, write_jso
 from modegpt_graph.errors import InputError
 from modegpt_graph.methods.names import METHODS
 
-CALIBRATION, EVALUATION = "Calibration", "Evaluation"
+EVALUATION = "Evaluation"
 
 
 def compare(
@@ -22,21 +22,9 @@ def compare(
     ratios: Annotated[
         str, typer.Option("--ratios", metavar="R,R,…", help="Shares of the decoder-layer matrices to remove.")
     ] = "0.1,0.2,0.3",
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calib",
-            metavar="SOURCE",
-            rich_help_panel=CALIBRATION,
-            help="As for compress: a data set's name, a text file, or self.",
-        ),
-    ] = "wikitext2",
-    calibration_windows: Annotated[
-        int, typer.Option("--calib-windows", metavar="N", rich_help_panel=CALIBRATION, help="Windows of text.")
-    ] = 32,
-    calibration_window: Annotated[
-        int, typer.Option("--calib-window", metavar="N", rich_help_panel=CALIBRATION, help="Tokens in each window.")
-    ] = 1024,
+    calibration: options.CalibrationText = "wikitext2",
+    calibration_windows: options.CalibrationWindows = 32,
+    calibration_window: options.CalibrationWindow = 1024,
     text: Annotated[
         str | None,
         typer.Option(

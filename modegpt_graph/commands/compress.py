@@ -10,7 +10,7 @@ import typer
 from modegpt_graph.commands import checks, options
 from modegpt_graph.commands.runtime import messages, quieten, results, write_json
 
-GOAL, CALIBRATION, METHOD = "How much", "Calibration", "Method"
+GOAL, METHOD = "How much", "Method"
 
 
 class Allocator(StrEnum):
@@ -99,22 +99,9 @@ def compress(
             help="Tokens that a token attends to where multiply-adds are counted.",
         ),
     ] = 2048,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            "--calib",
-            metavar="SOURCE",
-            rich_help_panel=CALIBRATION,
-            help="wikitext2, alpaca, c4; a .txt, .json, .jsonl or .parquet file; or self: text sampled from the model, "
-            "which is also the fallback where the hub is out of reach.",
-        ),
-    ] = "wikitext2",
-    windows: Annotated[
-        int, typer.Option("--calib-windows", metavar="N", rich_help_panel=CALIBRATION, help="Windows of text.")
-    ] = 32,
-    window: Annotated[
-        int, typer.Option("--calib-window", metavar="N", rich_help_panel=CALIBRATION, help="Tokens in each window.")
-    ] = 1024,
+    calibration: options.CalibrationText = "wikitext2",
+    windows: options.CalibrationWindows = 32,
+    window: options.CalibrationWindow = 1024,
     preset: Annotated[
         Preset,
         typer.Option(
@@ -161,7 +148,7 @@ def compress(
         bool,
         typer.Option(
             "--no-cache",
-            rich_help_panel=CALIBRATION,
+            rich_help_panel=options.CALIBRATION,
             help="Neither use what calibration found in an earlier run nor keep it for the next.",
         ),
     ] = False,

@@ -7,6 +7,8 @@ import typer
 
 from modegpt_graph.commands import checks
 
+CALIBRATION = "Calibration"  # the heading that its options stand under
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -17,6 +19,22 @@ Model = Annotated[
 ]
 CompressedFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="Folder that compress wrote.", show_default=False)
+]
+CalibrationText = Annotated[
+    str,
+    typer.Option(
+        "--calib",
+        metavar="SOURCE",
+        rich_help_panel=CALIBRATION,
+        help="wikitext2, alpaca, c4; a .txt, .json, .jsonl or .parquet file; or self: text sampled from the model, "
+        "which is also the fallback where the hub is out of reach.",
+    ),
+]
+CalibrationWindows = Annotated[
+    int, typer.Option("--calib-windows", metavar="N", rich_help_panel=CALIBRATION, help="Windows of text.")
+]
+CalibrationWindow = Annotated[
+    int, typer.Option("--calib-window", metavar="N", rich_help_panel=CALIBRATION, help="Tokens in each window.")
 ]
 Patterns = Annotated[
     list[Path] | None,

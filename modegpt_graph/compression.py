@@ -187,7 +187,13 @@ class Prepared:
             outcome = replace(outcome, approximation=said)
         report = Report(
             self.surveyed.analysis,
-            replace(outcome, seconds=clock.seconds, search=search, reused=tuple(decomposed.memory.said)),
+            replace(
+                outcome,
+                seconds=clock.seconds,
+                choices=tuple(trial.said for trial in decomposed.trials),
+                search=search,
+                reused=tuple(decomposed.memory.said),
+            ),
         )
         return Result(smaller, report, self.source, built.rewritten, solutions, self.surveyed, self.tokenizer)
 

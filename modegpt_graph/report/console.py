@@ -222,6 +222,8 @@ def _footnotes(outcome: CompressionOutcome) -> RenderableType:
         lines.add_row("measured on", Text(outcome.evaluation))
     if outcome.approximation:
         lines.add_row("norms", Text(outcome.approximation))
+    if outcome.choices:
+        lines.add_row("chosen", Text(" ".join(outcome.choices)))
     if outcome.counted:
         lines.add_row("counted", Text(outcome.counted))
     if outcome.reused:

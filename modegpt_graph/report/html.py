@@ -80,7 +80,11 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
         notes.append(f"Perplexity and KL were measured on {escape(words.sentence(outcome.evaluation, start=False))}")
     if outcome.approximation:
         notes.append(escape(outcome.approximation))
-    notes += [escape(outcome.counted or ""), escape(f"Reused: {' '.join(outcome.reused)}" if outcome.reused else "")]
+    notes += [
+        escape(" ".join(outcome.choices)),
+        escape(outcome.counted or ""),
+        escape(f"Reused: {' '.join(outcome.reused)}" if outcome.reused else ""),
+    ]
     notes.append(escape(words.time_line(outcome.seconds, outcome.forward_passes)))
     charts = "".join(
         f'<h3>{escape(one.roles)} <span class="soft">{escape(one.span)}</span></h3>{wide(rank_chart(one))}'

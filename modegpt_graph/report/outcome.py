@@ -112,6 +112,7 @@ class CompressionOutcome:
 
     ratio: asked for or found, a share of what `budget` counts.   reductions: budget → what it counts before and after.
     context: tokens that a token attends to in the count of multiply-adds.   counted: how it was counted, in sentences.
+    choices: between two ways of doing it, by what they do to the logits, one line each.
     search: how the ratio was found.   reused: what was taken from an earlier run, one line each.
     preset: the algorithms, by name.   allocator: how the ratio was spread.
     calibration, evaluation: one line that describes the text ("32 windows of 1,024 of wikitext2").
@@ -148,4 +149,5 @@ class CompressionOutcome:
     context: int | None = None
     counted: str | None = None
     search: Search | None = None
+    choices: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()

@@ -163,6 +163,7 @@ class CompressionJson(Strict):
     """`ratio`, a share of what `budget` counts, was asked for or found; `ratios` and `reductions` were reached.
 
     context: tokens attended to in `multiply_adds`.   counted: how it was counted.   reused: from an earlier run.
+    choices: between two ways of doing it, measured in this run.
     """
 
     ratio: float
@@ -186,6 +187,7 @@ class CompressionJson(Strict):
     context: int | None = None
     counted: str | None = None
     search: SearchJson | None = None
+    choices: list[str] = []
     reused: list[str] = []
 
 
@@ -274,6 +276,7 @@ def _compression(outcome: CompressionOutcome) -> dict[str, Any]:
     plain = {name: getattr(outcome, name) for name in CompressionJson.model_fields if hasattr(outcome, name)}
     plain["ratios"] = {name: getattr(outcome.ratios, name) for name in RatiosJson.model_fields}
     plain["seconds"] = dict(outcome.seconds)
+    plain["choices"] = list(outcome.choices)
     plain["reused"] = list(outcome.reused)
     plain["reductions"] = {
         name.replace("-", "_"): {"before": one.before, "after": one.after, "reduction": one.share}
@@ -348,6 +351,7 @@ def _read_outcome(report: CompressionReportJson) -> CompressionOutcome:
         context=compression.context,
         counted=compression.counted,
         search=_read_search(compression.search),
+        choices=tuple(compression.choices),
         reused=tuple(compression.reused),
         sites=tuple(
             SiteOutcome(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.calibrate.outliers import outlier_shares
-from modegpt_graph.match.modules import SiteModule
+from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import RewrittenModule, rewrite
@@ -31,8 +31,9 @@ from modegpt_graph.rewrite.ranks import (
     probe_tokens,
 )
 from modegpt_graph.rewrite.recalibrated import recalibrated
+from modegpt_graph.rewrite.selection import Trial, try_selections
 from modegpt_graph.rewrite.solution import Solution
-from modegpt_graph.rewrite.solve import Solver
+from modegpt_graph.rewrite.solve import Recipe, Solver
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Decomposed:
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
     items: parameters that a rank of each site has.   tokens: (windows, window) of the calibration text.
     costs: what all of the model and each rank costs, in every budget.   how: the algorithms that errors are of.
-    memory: what earlier runs found.
+    trials: how features came to be chosen.   memory: what earlier runs found.
     """
 
     dense: nn.Module
@@ -55,6 +56,7 @@ class Decomposed:
     tokens: Tensor
     costs: Costs
     how: str = ""
+    trials: tuple[Trial, ...] = ()
     memory: Memory = field(default_factory=Memory, repr=False)
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
@@ -179,25 +181,37 @@ def decompose(
     progress: Progress | None = None,
 ) -> Decomposed:
     """Every site's solver, by the preset's algorithms, from what was observed on the calibration tokens."""
-    progress = progress or NullProgress()
-    placed = [(one.path, placed) for one in modules for placed in one.placed]
+    progress, memory = progress or NullProgress(), memory or Memory()
+    paths = {placed.site.id: one.path for one in modules for placed in one.placed}
+
+    def made(one: Placed, recipe: Recipe) -> Solver:
+        module = dense.get_submodule(paths[one.site.id])
+        return preset.solver(one, module, observed.statistics[one.site.id], recipe)
+
     solvers = {}
-    with progress.stage("decompose", len(placed)) as stage:
-        for path, one in placed:
-            statistics = observed.statistics[one.site.id]
-            solvers[one.site.id] = preset.solver(one, dense.get_submodule(path), statistics, preset.recipe)
+    with progress.stage("decompose", len(paths)) as stage:
+        for placed in (placed for one in modules for placed in one.placed):
+            solvers[placed.site.id] = made(placed, preset.recipe)
             stage.advance()
+    items, how, trials = site_items(modules), f"{preset.recipe} {preset.solver.__name__}", ()
+    changed: dict[str, Solver] = {}
+    if preset.tries_selections:
+        surgeon = replace(preset.recipe, selection="surgeon")
+        changed, trials = try_selections(
+            dense, modules, layers, items, solvers, lambda one: made(one, surgeon), tokens, how, memory, progress
+        )
     return Decomposed(
         dense,
         surveyed,
         modules,
         layers,
         observed,
-        solvers,
-        site_items(modules),
+        solvers | changed,
+        items,
         tokens,
         costs,
-        how=f"{preset.recipe} {preset.solver.__name__}",
-        memory=memory or Memory(),
+        how=f"{how}, by the surgeon: {sorted(changed)}",
+        trials=trials,
+        memory=memory,
         progress=progress,
     )

@@ -17,6 +17,7 @@ class Preset:
     """recipe, solver: how sites are decomposed.   allocator: how the ratio is spread unless another is asked for.
 
     value_inputs: whether calibration also collects what value projections read.
+    tries_selections: whether the surgeon chooses features where it does less to the logits than the recipe's leverage.
     recalibrates: whether consumers are fitted again, layer by layer, in the smaller model.
     """
 
@@ -24,11 +25,12 @@ class Preset:
     allocator: str
     solver: Callable[[Placed, nn.Module, Statistics, Recipe], Solver] = solver
     value_inputs: bool = False
+    tries_selections: bool = False
     recalibrates: bool = False
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset(Recipe(), "curves", recalibrates=True),
+    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True),
     # The paper leaves λ open: the mean diagonal of C is the best of those tried. Refits have no ridge; one is added,
     # as small as holds, where Sᵀ C S is singular.
     # Source: MoDeGPT (arXiv 2408.09632), algorithms 1 to 3 and section 3.3.

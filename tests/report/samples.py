@@ -168,6 +168,7 @@ def outcome(of: Analysis, **changed) -> CompressionOutcome:
         },
         "context": 2048,
         "counted": "Multiply-adds are of one token.",
+        "choices": ("Features of mlp are chosen by leverage.",),
         "reused": ("Statistics of the calibration text: from an earlier run, which took 61 s for it.",),
     }
     return CompressionOutcome(**(values | changed))

@@ -116,6 +116,7 @@ def test_a_compression_adds_ranks_to_the_sites_and_one_part_of_its_own(samples):
                 {"ratio": 0.3, "predicted": 0.95, "measured": 0.9888},
             ],
         },
+        "choices": ["Features of mlp are chosen by leverage."],
         "reused": ["Statistics of the calibration text: from an earlier run, which took 61 s for it."],
     }
 

@@ -1,0 +1,96 @@
+"""How features are chosen: by leverage or by the surgeon, whichever does less to the logits at a few sites."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.allocate.budget import Item
+from modegpt_graph.calibrate.memory import Memory
+from modegpt_graph.match.modules import Placed, SiteModule
+from modegpt_graph.progress import Progress
+from modegpt_graph.rewrite.expected import NOISE
+from modegpt_graph.rewrite.influence import influences
+from modegpt_graph.rewrite.ranks import probe_tokens
+from modegpt_graph.rewrite.solve import ConsumerColumns, Solver
+
+TRIAL_SITES = 4  # of each kind, evenly over the depth
+CLEARLY = 0.8  # times the divergence: what does less for one site alone by a little may do more in company
+TRIAL_ERROR = 0.02  # relative error at which the two are compared, or half of the features, whichever is less
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kind of site. ratio: geometric mean of the divergence by the surgeon over that by leverage.
+
+    measured: how many of `sites` sites were.
+    """
+
+    pattern: str
+    sites: int
+    measured: int
+    ratio: float
+
+    @property
+    def surgeon(self) -> bool:
+        """Whether the surgeon chooses."""
+        return self.ratio < CLEARLY
+
+    @property
+    def said(self) -> str:
+        """The choice in a sentence."""
+        return (
+            f"Features of {self.pattern} are chosen by {'the surgeon' if self.surgeon else 'leverage'}: at "
+            f"{self.measured} of {self.sites} sites the surgeon's choice costs the logits {self.ratio:.2f} times what "
+            "leverage's does."
+        )
+
+
+def try_selections(
+    model: nn.Module,
+    modules: Sequence[SiteModule],
+    layers: Sequence[str],
+    items: Sequence[Item],
+    solvers: Mapping[str, Solver],
+    surgeon: Callable[[Placed], Solver],
+    tokens: Tensor,
+    how: str,
+    memory: Memory,
+    progress: Progress,
+) -> tuple[dict[str, Solver], tuple[Trial, ...]]:
+    """The surgeon's solvers of all sites of the kinds where it does better than leverage, and what was measured.
+
+    solvers: by leverage.   surgeon: from a site to its solver.   tokens: (windows, window) of the calibration text.
+    how, memory: the algorithms, and what earlier runs measured of them.
+    """
+    kinds: dict[tuple[str, int], list[Placed]] = {}
+    for placed in (placed for one in modules for placed in one.placed):
+        if isinstance(solvers[placed.site.id], ConsumerColumns):
+            kinds.setdefault((placed.site.pattern, placed.footprint.layout.size), []).append(placed)
+    changed: dict[str, Solver] = {}
+    trials = []
+    few = probe_tokens(tokens)
+    for (pattern, _), alike in kinds.items():
+        places = torch.linspace(0, len(alike) - 1, min(TRIAL_SITES, len(alike))).round().long().tolist()
+        tried = {alike[place].site.id: surgeon(alike[place]) for place in places}
+        ranks = {item.id: _trial_rank(item, solvers[item.id].errors) for item in items if item.id in tried}
+
+        def diverging(name: str, chosen: Mapping[str, Solver], ranks: Mapping[str, int] = ranks) -> Tensor:
+            probes = {site: chosen[site].solution(rank) for site, rank in ranks.items()}
+            found = memory.divergences(
+                list(ranks), f"{how}, {name}", lambda: influences(model, modules, layers, probes, few, progress)
+            )
+            return torch.tensor([max(found[site], NOISE) for site in ranks], dtype=torch.float64).log()
+
+        logs = diverging("surgeon tried", tried) - diverging("leverage tried", solvers)
+        trials.append(Trial(pattern, len(alike), len(tried), float(logs.mean().exp())))
+        if trials[-1].surgeon:
+            changed |= {placed.site.id: tried.get(placed.site.id) or surgeon(placed) for placed in alike}
+    return changed, tuple(trials)
+
+
+def _trial_rank(item: Item, errors: Tensor) -> int:
+    """The most features, up to half, at which leverage's error can be seen."""
+    visible = (errors[: item.full_rank // 2 + 1] >= TRIAL_ERROR).nonzero().flatten()
+    return item.nearest(float(visible[-1])) if len(visible) else item.lowest()

@@ -7,7 +7,7 @@ from torch import nn
 
 from modegpt_graph.calibrate.text import Calibration
 from modegpt_graph.match.site_module import SiteModule
-from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, SiteOutcome
+from modegpt_graph.report.outcome import CompressionOutcome, Ratios, Reduction, SiteOutcome
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.bounds import SiteBounds, site_bounds
 from modegpt_graph.rewrite.budget import cache_bytes, parameter_count, site_items, stored_bytes
@@ -92,12 +92,13 @@ def _sites(
         error = 0.0 if solution is None else solution.relative_error
         sites = placed.site.apart()
         known = bounds.get(placed.site.id, SiteBounds((), ()))
-        curve = tuple(BoundPoint(point.rank, point.relative_error, point.bound) for point in known.curve)
         before, removed = item.removed(0) // len(sites), item.removed(rank) // len(sites)
         for number, site in enumerate(sites):
             tokens = None
             if solution is not None and solution.experts:
                 error, tokens = solution.experts[number].relative_error, solution.experts[number].tokens
             bound = known.bounds[number] if known.bounds else None
-            found.append(SiteOutcome(site.id, rank, layout.size, error, before, before - removed, tokens, bound, curve))
+            found.append(
+                SiteOutcome(site.id, rank, layout.size, error, before, before - removed, tokens, bound, known.curve)
+            )
     return tuple(found)

@@ -6,29 +6,7 @@ A value that a run did not measure is None, never a guess.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SLACK, RELATIVE_SLACK = 1e-9, 1e-6  # of rounding, in errors and bounds that are meant to be equal
-
-
-def is_within(error: float, bound: float) -> bool:
-    """Whether a relative error is at most its bound, up to rounding. Not where either is not a number."""
-    return error <= bound * (1 + RELATIVE_SLACK) + SLACK
-
-
-@dataclass(frozen=True)
-class BoundPoint:
-    """A site's decomposition at one rank: its own relative error on the calibration set, and what that can be at most.
-
-    For heads of attention outputs these are of each head alone; a site's `relative_error` is of all heads together.
-    """
-
-    rank: int
-    relative_error: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the error is within the bound, up to rounding."""
-        return is_within(self.relative_error, self.bound)
+from modegpt_graph.rewrite.bounds import BoundPoint, is_within
 
 
 @dataclass(frozen=True)

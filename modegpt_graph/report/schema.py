@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from modegpt_graph.errors import InputError
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, Unmatched
-from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, Search, SiteOutcome, Try
+from modegpt_graph.report.outcome import CompressionOutcome, Ratios, Reduction, Search, SiteOutcome, Try
+from modegpt_graph.rewrite.bounds import BoundPoint
 
 SCHEMA_VERSION = 1
 

@@ -50,13 +50,29 @@ class Bounded(Protocol):
     def bounds(self) -> Bounds | None: ...
 
 
+SLACK, RELATIVE_SLACK = 1e-9, 1e-6  # of rounding, in errors and bounds that are meant to be equal
+
+
+def is_within(error: float, bound: float) -> bool:
+    """Whether a relative error is at most its bound, up to rounding. Not where either is not a number."""
+    return error <= bound * (1 + RELATIVE_SLACK) + SLACK
+
+
 @dataclass(frozen=True)
-class CurvePoint:
-    """The decomposition's own relative error at one rank, and its bound."""
+class BoundPoint:
+    """A site's decomposition at one rank: its own relative error on the calibration set, and what that can be at most.
+
+    For heads of attention outputs these are of each head alone; a site's `relative_error` is of all heads together.
+    """
 
     rank: int
     relative_error: float
     bound: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the bound, up to rounding."""
+        return is_within(self.relative_error, self.bound)
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,7 @@ class SiteBounds:
     """One bound for each site that a solution stands for, None without a proposition, and a short curve."""
 
     bounds: tuple[float | None, ...]
-    curve: tuple[CurvePoint, ...]
+    curve: tuple[BoundPoint, ...]
 
 
 def site_bounds(
@@ -85,10 +101,10 @@ def site_bounds(
     return found
 
 
-def _points(errors: Tensor, bounds: Tensor, chosen: int | None, step: int) -> tuple[CurvePoint, ...]:
+def _points(errors: Tensor, bounds: Tensor, chosen: int | None, step: int) -> tuple[BoundPoint, ...]:
     size = len(errors) - 1
     ranks = {*(round(size * share / step) * step for share in SHARES), chosen or 0} - {0, size}
-    return tuple(CurvePoint(rank, float(errors[rank]), float(bounds[rank])) for rank in sorted(ranks))
+    return tuple(BoundPoint(rank, float(errors[rank]), float(bounds[rank])) for rank in sorted(ranks))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """Analyses and outcomes to draw: of the shape of real models, with the values a test needs to look for."""
 
 from modegpt_graph.match.sites import Analysis, Certificate, ModelFacts, Role, Site, Unmatched
-from modegpt_graph.report.outcome import BoundPoint, CompressionOutcome, Ratios, Reduction, Search, SiteOutcome, Try
+from modegpt_graph.report.outcome import CompressionOutcome, Ratios, Reduction, Search, SiteOutcome, Try
+from modegpt_graph.rewrite.bounds import BoundPoint
 
 BOTH = Certificate("both", 2.2e-16, True)
 SEARCH = Search("max_perplexity_increase", 1.0, (Try(0.4, 0.9, 1.4), Try(0.3, 0.95, 0.9888)))

@@ -11,8 +11,8 @@ from modegpt_graph.report.bound_chart import bound_chart
 from modegpt_graph.report.bounds import bound_series, violations
 from modegpt_graph.report.console import render_outcome
 from modegpt_graph.report.html import to_html
-from modegpt_graph.report.outcome import BoundPoint, is_within
 from modegpt_graph.report.schema import from_json, to_json
+from modegpt_graph.rewrite.bounds import BoundPoint, is_within
 
 
 def console_text(analysis, outcome) -> str:

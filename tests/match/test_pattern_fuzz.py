@@ -1,14 +1,20 @@
 """A pattern file of a stranger is read or refused in one line: no code runs, nothing loops, nothing grows."""
 
+import os
 import random
 import string
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from modegpt_graph.errors import InputError
+from modegpt_graph.match.meeting import meet
 from modegpt_graph.match.pattern_file import LARGEST_FILE, load_pattern
+from modegpt_graph.models import resolve
 
 SEED_FILE = Path(__file__).parents[2] / "patterns" / "gated-mlp.toml"
 HEAD = 'name = "a"\nroles = { a = "linear", b = "linear" }\n'
@@ -75,9 +81,64 @@ def test_bombs_are_refused(tmp_path: Path, content: bytes | str) -> None:
     assert peak < 64 * 2**20
 
 
-def test_what_is_no_file_is_refused_without_reading_it() -> None:
-    with pytest.raises(InputError, match="not an ordinary file"):
-        load_pattern(Path("/dev/zero"))
+def test_what_is_no_file_is_refused_without_reading_it(tmp_path: Path) -> None:
+    (tmp_path / "zero.toml").symlink_to("/dev/zero")
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name, message in (("zero", "ordinary file"), ("loop", "cannot be read"), ("pipe", "ordinary file")):
+        with pytest.raises(InputError, match=message):
+            load_pattern(tmp_path / f"{name}.toml")
+
+
+@pytest.mark.parametrize("written", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])
+def test_how_an_editor_ends_and_starts_files_changes_nothing(tmp_path: Path, written: Callable[[str], str]) -> None:
+    text = SEED_FILE.read_text(encoding="utf-8")
+    assert refusal(tmp_path / "file.toml", written(text)) is None
+    assert load_pattern(tmp_path / "file.toml") == load_pattern(SEED_FILE)
+    wrong = text.replace("down(act(gate(x))", "down(acct(gate(x))")
+    before = wrong[: wrong.index("acct")]
+    place = f"{before.count(chr(10)) + 1}:{len(before.rpartition(chr(10))[2]) + 1}"
+    said = refusal(tmp_path / "file.toml", written(wrong))
+    assert said is not None
+    assert f"file.toml:{place}: `acct` is neither" in said, said
+
+
+def test_many_orders_of_many_products_are_given_up(tmp_path: Path) -> None:
+    """A product of six sums of six, whose last part is never there: 720 orders of 720 orders of each sum."""
+    names = [f"r{number}" for number in range(36)]
+    sums = [" + ".join(f"{name}(x)" for name in names[first : first + 6]) for first in range(0, 36, 6)]
+    sums[-1] = sums[-1].replace("r35(x)", "r35(never(x))")
+    roles = "".join(f'{name} = "linear"\n' for name in ["down", *names])
+    (tmp_path / "orders.toml").write_text(
+        f'name = "orders"\nformula = "down({" * ".join(f"({one})" for one in sums)})"\n'
+        f'[roles]\nnever = "elementwise"\n{roles}'
+        '[decomposition]\nselect = ["r0"]\nrefit = ["down"]\nmethod = "nystrom"\n'
+    )
+    source = resolve(SumsOfProducts(), example_inputs=(torch.arange(5)[None],))
+    meeting = meet(source, load_pattern(tmp_path / "orders.toml"))
+    assert meeting.sites == ()
+    assert any("steps had matched" in str(one.miss) for one in meeting.misses)
+
+
+class SumsOfProducts(nn.Module):
+    """Reads tokens, multiplies six sums of six products with matrices, and projects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.down = nn.Embedding(16, 4), nn.Linear(6, 4)
+        self.parts = nn.ModuleList(nn.Linear(4, 6) for _ in range(36))
+        self.head = nn.Linear(4, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        values = [part(x) for part in self.parts]
+        product = x
+        for first in range(0, 36, 6):
+            total = values[first]
+            for value in values[first + 1 : first + 6]:
+                total = total + value
+            product = total if first == 0 else product * total
+        return self.head(x + self.down(product))
 
 
 def test_files_with_random_damage_are_read_or_refused(tmp_path: Path) -> None:

@@ -207,12 +207,12 @@ class Prepared:
         without, reachable = None, True
         if done:
             try:
-                others = decomposed.solutions(decomposed.ranks(ratio, allocator, budget=budget, without=nearly))
+                ranks = decomposed.ranks(ratio, allocator, budget=budget, without=nearly)
             except InputError:
                 reachable = False
             else:
                 if self.held_out is not None:
-                    without = compare(decomposed.dense, decomposed.model(others)[0], self.held_out).kl
+                    without = compare(decomposed.dense, self.build(ranks, Clock()).model, self.held_out).kl
         return approximation_said(done, kl, without, reachable)
 
 

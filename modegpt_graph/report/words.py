@@ -113,11 +113,11 @@ def decision(site: Site) -> str:
 
 
 def certificate_line(certificate: Certificate) -> str:
-    """`proved and probed (error 2e-16)`, `probed, not proven (error 3e-16)`, `refuted by probe (error 0.8)`."""
+    """`proved and probed (error 2e-16)`, `probed, not proven (error 3e-16)`, `refuted by the probe (error 0.8)`."""
     error = "" if certificate.max_error is None else f" (error {_error(certificate.max_error)})"
     if not certificate.holds:
         return (
-            "does not hold, by structure" if certificate.method == "structural" else "does not hold, by probe"
+            "refuted by what the operations do" if certificate.method == "structural" else "refuted by the probe"
         ) + error
     return {"both": "proved and probed", "structural": "proved, not probed", "probed": "probed, not proven"}[
         certificate.method

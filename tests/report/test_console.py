@@ -51,7 +51,7 @@ def test_what_was_refused_or_left_alone_is_told_with_its_reason(samples, width):
     assert "99.9 %" in text
     assert "21 of them cannot be made smaller" in text
     assert "left alone" in text
-    assert "does not hold, by probe (error 0.81)" in text
+    assert "refuted by the probe (error 0.81)" in text
     assert "model.layers.{1-27}.mlp.router.weight 27 matrices" in text
     assert "nearest pattern gated-mlp:" in text
 

@@ -63,7 +63,7 @@ def test_it_says_what_the_console_says(samples):
             "99.9 %",
             "21 cannot be made smaller",
         ),
-        *("blocks of 2", "left alone", "Nyström", "SVD", "Does not hold, by probe (error 0.81)."),
+        *("blocks of 2", "left alone", "Nyström", "SVD", "Refuted by the probe (error 0.81)."),
         "Rotary embedding turns features in pairs (i, i + 32), so whole pairs are kept or dropped.",
         *("model.layers.{1-27}.mlp.router.weight", "gated-mlp", "commutant", "certificate"),
     ):

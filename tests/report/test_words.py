@@ -43,8 +43,8 @@ def test_figure(value, text):
         (Certificate("both", 2.2e-16, True), "proved and probed (error 2e-16)"),
         (Certificate("structural", None, True), "proved, not probed"),
         (Certificate("probed", 0.0, True), "probed, not proven (error 0)"),
-        (Certificate("both", 0.81, False), "does not hold, by probe (error 0.81)"),
-        (Certificate("structural", None, False), "does not hold, by structure"),
+        (Certificate("both", 0.81, False), "refuted by the probe (error 0.81)"),
+        (Certificate("structural", None, False), "refuted by what the operations do"),
     ],
 )
 def test_certificate_line(certificate, text):

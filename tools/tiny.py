@@ -133,7 +133,7 @@ FIGURES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 6},  # the third and the sixth attend
     "reformer": {"axial_pos_shape": [8, 8], "axial_pos_embds_dim": [16, 48], "hash_seed": 0, "num_buckets": 4},
-    "roc_bert": {"shape_vocab_size": 64},
+    "roc_bert": {"shape_vocab_size": 64, "shape_embed_dim": RANK, "pronunciation_embed_dim": RANK},
     "xlstm": {"qk_dim_factor": 1.0},  # at this width its state is rounded up to that
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},

@@ -69,7 +69,7 @@ def calibration_windows(
         if model is None:
             raise
         return _sampled(model, seed, window, fallback_reason=str(error))
-    ids = _tokenised(text, tokenizer, source)
+    ids = _tokenised(text, tokenizer, source, calibrating=True)
     shortest = min(window, SHORTEST_WINDOW)
     if len(ids) < shortest:
         raise InputError(f"the text of {source} has {len(ids):,} tokens; calibration needs {shortest} at least")
@@ -125,7 +125,7 @@ def evaluation_windows(
         return checked_tokens(source)[:windows]
     if str(source) == SELF:
         raise InputError("self is text for calibration; to evaluate, give a text file or a data set's name")
-    ids = _tokenised(read_text(source, "evaluation"), tokenizer, source)
+    ids = _tokenised(read_text(source, "evaluation"), tokenizer, source, calibrating=False)
     available = len(ids) // window
     if not available:
         raise InputError(
@@ -152,10 +152,11 @@ def _sampled(model: nn.Module | None, seed: int, window: int, *, fallback_reason
     return Calibration(tokens, f"text sampled from the model itself, {windows_line(tokens)}", fallback_reason)
 
 
-def _tokenised(text: str, tokenizer: Any, source: str | Path) -> Tensor:
+def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bool) -> Tensor:
     """Token ids (N,) of the whole text, with the special tokens that the tokenizer itself puts around a text."""
     if tokenizer is None:
-        raise InputError(f"the model has no tokenizer to read {source} with; give token ids, or use 'self'")
+        what = f"the model has no tokenizer to read {source} with; give token ids"
+        raise InputError(f"{what}{f', or use {SELF!r}' if calibrating else ' from Python'}")
     # verbose=False: the whole text is longer than the model's context by design, which the tokenizer would warn of.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 

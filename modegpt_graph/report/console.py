@@ -84,7 +84,7 @@ def _sites_table(groups: tuple[SiteGroup, ...]) -> Table:
         box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, expand=False, padding=(0, 1)
     )
     table.add_column("Layers", max_width=14)
-    table.add_column("Site", no_wrap=True)
+    table.add_column("Site", overflow="fold")
     table.add_column("Type", no_wrap=True)
     table.add_column("Between", overflow="fold")
     table.add_column("Commutant", min_width=9, overflow="fold")

@@ -13,7 +13,7 @@ from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.store import Store, run_key
-from modegpt_graph.calibrate.text import Calibration, held_out_windows
+from modegpt_graph.calibrate.text import Calibration, held_out_windows, windows_line
 from modegpt_graph.errors import InputError, ModegptError
 from modegpt_graph.evaluate import compare
 from modegpt_graph.match.decoder import decoder_layers
@@ -173,13 +173,12 @@ class Prepared:
         if self.held_out is not None:
             with clock("evaluate"), progress.stage("evaluate"):
                 found = compare(dense, smaller, self.held_out)
-            windows, window = self.held_out.shape
             outcome = replace(
                 outcome,
                 perplexity_dense=found.dense_perplexity,
                 perplexity_compressed=found.perplexity,
                 kl=found.kl,
-                evaluation=f"{windows} windows of {window:,} tokens held out of the calibration text",
+                evaluation=f"{windows_line(self.held_out)} held out of the calibration text",
             )
         if self.surveyed.approximate_norm:
             with clock("compare"), progress.stage("compare with exact norms"):

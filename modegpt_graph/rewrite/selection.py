@@ -43,7 +43,7 @@ class Trial:
         return (
             f"Features of {self.pattern} are chosen by {'the surgeon' if self.surgeon else 'leverage'}: at "
             f"{self.measured} of {self.sites} sites the surgeon's choice costs the logits {self.ratio:.2f} times what "
-            "leverage's does."
+            f"leverage's does, and is taken below {CLEARLY:g}."
         )
 
 

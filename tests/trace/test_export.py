@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from fixtures import asserting
 from fixtures.library import build
 from torch import Tensor, nn
 
@@ -35,6 +36,10 @@ class Writing(Indexing):
 class Deciding(Indexing):
     def forward(self, ids: Tensor) -> Tensor:
         return self.embedding(ids) if int(ids.sum()) > 3 else self.embedding(ids + 1)
+
+
+def test_what_a_module_asserts_of_values_is_no_branch() -> None:
+    assert any(operation(node) == "embedding" for node in traced(asserting.Asserting()).graph.nodes)
 
 
 def test_a_constant_keeps_its_value_on_the_meta_device() -> None:

@@ -20,6 +20,8 @@ def guards(trace: Trace, known: Collection[str] = ()) -> Iterator[str]:
     named = {value.index: name for name, value in call.arguments.items() if isinstance(value, Slot)}
     for name, parameter in inspect.signature(trace.module.forward).parameters.items():
         value = call.arguments.get(name, parameter.default)
+        if name == "is_causal" and type(trace.module).__module__.startswith("torch.nn."):
+            continue  # torch's own layers take it for a hint of what the mask says
         if name in known or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if isinstance(value, SizeSlot) and value.index in named:

@@ -316,6 +316,10 @@ def _attention(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels
     if isinstance(query, Tensor) and isinstance(key, Tensor):
         partners = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         flow.classes.join(query.amax(2), partners.amax(2))
+    for one, other in ((query, key), (key, query)):
+        if isinstance(one, Tensor) and not isinstance(other, Tensor):  # they meet what does not change with them
+            flow.nonlinear[node] = operation(node)
+            _join_along(one, one.ndim - 1, flow.classes)
     if not isinstance(value, Tensor):
         return None
     shape = shape_of(node)

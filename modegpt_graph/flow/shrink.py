@@ -164,6 +164,10 @@ def shrink(region: Sequence[fx.Node], flow: Flow, selection: Selection) -> Edits
                 edits.labels[node] = torch.full_like(like, PADDING if is_zero(node) else OTHER)
         elif effect(node) is Effect.ATTENTION:
             _keep_scale(node, flow, edits)
+    for node in flow.labels:  # where queries and keys meet may be the end of a region, and no part of it
+        for user in node.users:
+            if user not in edits.arguments:
+                _keep_scale(user, flow, edits)
     _bypass_outside(region, flow, edits, selection, starts)
     return edits
 

@@ -284,6 +284,8 @@ def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
     while queue:
         node, _ = queue.pop()
         for user in node.users:
+            if user is found.end and _is_read_beside(user, node, found):
+                _refuse_reader(user, flow.labels.get(node, outside.get(node)), classes, flow)
             if user in inside or user in outside or user in flow.labels or not is_data(user):
                 if user.op != "output":
                     continue
@@ -293,7 +295,16 @@ def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
                 outside[user] = run_on_labels(user, {**flow.labels, **outside})
                 queue.append((user, outside[user]))
                 continue
-            labels = flow.labels.get(node, outside.get(node))
-            parts = labels if isinstance(labels, tuple) else (labels,)
-            if any(torch.isin(flow.classes.of(part.unique()), classes).any() for part in parts if part is not None):
-                raise LayoutError(f"the features are also read by `{user.name}` ({operation(user)})")
+            _refuse_reader(user, flow.labels.get(node, outside.get(node)), classes, flow)
+
+
+def _is_read_beside(end: fx.Node, node: fx.Node, found: Outline) -> bool:
+    """Whether the product of queries and keys reads one of them as its values, too."""
+    return effect(end) is Effect.ATTENTION and not found.consumers and node in arguments(end)[2:]
+
+
+def _refuse_reader(user: fx.Node, labels: Labels | None, classes: Tensor, flow: Flow) -> None:
+    """Raise where what an operation outside of the region reads has features of the site."""
+    parts = labels if isinstance(labels, tuple) else (labels,)
+    if any(torch.isin(flow.classes.of(part.unique()), classes).any() for part in parts if part is not None):
+        raise LayoutError(f"the features are also read by `{user.name}` ({operation(user)})")

@@ -278,7 +278,8 @@ class Matcher:
             raise _Stopped(added, f"nothing but one matrix behind `{form.name}`", "a sum with other values", state)
         if len(sources) != 1:
             names = ", ".join(f"`{self._weight(source)}`" for source in sources) or "none"
-            raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names})", state)
+            advice = ", added up: merge them into one first" if self.graph.operation(key) == "add" else ""
+            raise _Stopped(key, f"one matrix behind `{form.name}`", f"{len(sources)} ({names}){advice}", state)
         return sources[0]
 
     def _added(self, key: str) -> str | None:

@@ -12,6 +12,7 @@ from modegpt_graph.trace.operations import Effect, effect, is_data, operation
 
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "convolution", "conv_transpose1d"})
 _ON_ELEMENTS = ELEMENTWISE | {Effect.MOVE, Effect.SAME, Effect.REDUCE}
+_TAKES_ONE = frozenset({"select", "unbind", "index"})
 _MOST_READERS = 4
 
 
@@ -20,7 +21,7 @@ def is_multiplied(graph: Graph, parameter: str) -> bool:
     if parameter in graph.linears:
         return True
     kinds = {effect(node) for node in _readers(_placeholder(graph, parameter)) if operation(node) not in _CONVOLUTIONS}
-    return bool(kinds & {Effect.PRODUCT_SUM, Effect.LINEAR, Effect.UNKNOWN})
+    return bool(kinds & {Effect.PRODUCT_SUM, Effect.LINEAR, Effect.UNKNOWN}) or _makes_a_matrix(graph, parameter)
 
 
 def explain(graph: Graph, parameter: str, misses: Iterable[Miss], in_sites: Collection[str]) -> Unmatched:
@@ -72,16 +73,56 @@ def _not_one_matrix(graph: Graph, parameter: str) -> str:
     if not readers:
         return "nothing in the traced call reads it: it belongs to a branch that token ids alone do not reach"
     names = _names(readers)
+    if _makes_a_matrix(graph, parameter):
+        return (
+            f"the matrix that is multiplied is computed from it on every call, by {names}: it can be made smaller once "
+            "the result is stored as the weight itself"
+        )
     if all(effect(node) in ELEMENTWISE for node in readers):
         return f"it is no matrix of a linear map: its values are used one by one, by {names}"
     if any(operation(node) in _CONVOLUTIONS for node in readers):
         return f"it is the kernel of a convolution over positions ({names}), which no pattern reaches through"
+    if len(shape) > 2 and {operation(user) for user in _placeholder(graph, parameter).users} <= _TAKES_ONE:
+        return (
+            f"it holds {shape[0]} times {'×'.join(map(str, shape[1:]))} values in one tensor, and each is taken alone, "
+            f"to {names}: what is made smaller must be a parameter of its own"
+        )
     if len(shape) == 3:
         return (
             f"it holds {shape[0]} matrices of {shape[1]}×{shape[2]} in one tensor, read by {names}; such matrices are "
             "followed where one operation multiplies by all of them (`grouped_mm`, `bmm`), so they are left as they are"
         )
     return f"it is not multiplied as one matrix: its {'×'.join(map(str, shape))} values go to {names}"
+
+
+def _makes_a_matrix(graph: Graph, parameter: str) -> bool:
+    """Whether what is computed from a parameter, and from no input, is what a product multiplies by."""
+    start = _placeholder(graph, parameter)
+    queue, seen, computed = [start], {start}, False
+    while queue:
+        for user in queue.pop().users:
+            operands = [node for node in user.all_input_nodes if effect(node) is not Effect.SIZE]
+            if effect(user) in (Effect.LINEAR, Effect.PRODUCT_SUM):
+                if computed and len(operands) > 1 and operands[1] in seen - {start}:
+                    return True
+            elif user not in seen and user.op == "call_function" and all(_is_of_the_model(graph, n) for n in operands):
+                computed |= effect(user) not in (Effect.MOVE, Effect.SAME)
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _is_of_the_model(graph: Graph, node: fx.Node) -> bool:
+    """Whether a value depends on no input."""
+    queue, seen = [node], {node}
+    while queue:
+        one = queue.pop()
+        if one.name in graph.trace.inputs:
+            return False
+        new = set(one.all_input_nodes) - seen
+        seen |= new
+        queue += new
+    return True
 
 
 def _placeholder(graph: Graph, parameter: str) -> fx.Node:

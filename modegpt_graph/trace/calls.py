@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.models import accepts_use_cache, cache_keyword, cache_of, is_cache
 from modegpt_graph.trace.fake import fake_cpu, kept_state, on_meta
+from modegpt_graph.trace.hints import masks_without_hints
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.quiet import quiet
 
@@ -317,7 +318,7 @@ def _runs(
         try:
             runs = []
             for one in sizes:
-                with kept_state(skeleton), quiet():
+                with kept_state(skeleton), quiet(), masks_without_hints():
                     runs.append(_run(skeleton, modules, one, example_inputs, tried))
             return runs, reason
         except Exception as error:  # a model's own code fails in as many ways as it can be written

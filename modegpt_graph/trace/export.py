@@ -18,6 +18,7 @@ from modegpt_graph.trace.contractions import spell_einsums
 from modegpt_graph.trace.fake import fake_cpu, kept_tensors
 from modegpt_graph.trace.filled import join_filled
 from modegpt_graph.trace.grouped import group_experts
+from modegpt_graph.trace.hints import masks_without_hints
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 from modegpt_graph.trace.operations import Effect, effect
@@ -112,6 +113,7 @@ def export(module: nn.Module, call: Call) -> Trace:
     try:
         with (
             quiet(),
+            masks_without_hints(),
             torch.no_grad(),
             fake_cpu(module, call.tensors) as fake,
             watched_branches() as branches,

@@ -177,3 +177,17 @@ def test_fused_and_grouped_heads_whose_features_are_not_free(
     assert one.decomposition is None
     assert one.reason.startswith(reason)
     assert site(analysis, "gated-mlp").decomposition == "nystrom"
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("scaled", "the matrix that is multiplied is computed from it on every call, by `mul`"),
+        ("stacked", "it holds 2 times 48×32 values in one tensor, and each is taken alone, to `linear`"),
+        ("added", "expected the matrix `up`, found `add` in `blocks.0.inner` (hard_refusals.py:"),
+    ],
+)
+def test_what_is_multiplied_and_is_no_parameter_of_its_own(analysed: Analysed, form: str, reason: str) -> None:
+    analysis = analysed(lambda: forms.Decoder(lambda: forms.Alone(forms.Indirect(form))))
+    assert any(reason in one.reason for one in analysis.unmatched), [one.reason for one in analysis.unmatched]
+    assert analysis.coverage < 1.0

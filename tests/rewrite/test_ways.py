@@ -8,6 +8,8 @@ import torch
 from fixtures import ways
 from torch import Tensor, nn
 
+import modegpt_graph as mg
+from modegpt_graph.errors import InputError
 from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
 from modegpt_graph.models import resolve
 from modegpt_graph.rewrite.apply import rewrite
@@ -88,12 +90,21 @@ def test_half_of_the_features_at_any_size_are_the_model_with_the_others_at_zero(
         assert largest_change(zeroed, small, ids) < TOLERANCE, size
 
 
+def test_scores_keep_the_scale_of_the_whole_head_where_values_keep_their_size() -> None:
+    model = decoder(ways.ScaledBySize)
+    assert [placed.site.pattern for one in surveyed(model).modules() for placed in one.placed] == ["query-key"]
+    small, zeroed = halved(model)
+    ids = torch.randint(ways.VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(1))
+    assert largest_change(zeroed, small, ids) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("attention", "calls", "reason"),
     [
         (ways.Counting, ways.twice, "it does not do the same each time that the model calls it"),
         (ways.LogScaled, ways.once, "what it does is traced for one size of its inputs only (ways.py:"),
         (ways.Looping, ways.once, "what it does is traced for one size of its inputs only (ways.py:"),
+        (ways.KeysAreValues, ways.once, "refused: mix: every feature depends on the others"),
         (ways.Biased, ways.once, "`blocks.0.key.bias` is also read by `blocks.0` (ways.py:"),
     ],
 )
@@ -104,6 +115,21 @@ def test_what_a_trace_cannot_tell_is_left_with_the_reason(
     refused = [site.reason for site in found.analysis.sites if site.decomposition is None]
     assert refused
     assert any(reason in said for said in refused), refused
+
+
+def test_a_mask_that_torch_looks_at_is_taken_as_it_is() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ways.Encoder().eval().requires_grad_(False)
+    proof = mg.verify(model, example_inputs=(torch.randint(ways.VOCABULARY, (2, 6)),))
+    assert (proof.sites, proof.max_relative_error < TOLERANCE) == (3, True)
+
+
+def test_a_model_that_keeps_what_it_computed_is_told_what_to_drop() -> None:
+    model = ways.Decoder(ways.Attention)
+    model.last = model.head(torch.zeros(1, ways.WIDTH))
+    with pytest.raises(InputError, match="`last` is computed from parameters and kept, so the model cannot be copied"):
+        surveyed(model)
 
 
 def test_a_constant_that_was_not_traced_is_an_error_and_not_ignored() -> None:

@@ -40,8 +40,8 @@ def does_the_same(trace: Trace, at: Trace) -> bool:
     values = _symbols(trace, at)
     if values is None or str(trace.output) != str(at.output):
         return False
-    steps, others = _steps(trace), _steps(at)
     comparison = _Comparison(values)
+    steps, others = ([node for node in _steps(one) if not comparison.changes_nothing(node)] for one in (trace, at))
     return len(steps) == len(others) and all(
         comparison.agree(trace, one, at, other) for one, other in zip(steps, others, strict=True)
     )
@@ -62,6 +62,23 @@ class _Comparison:
             return False
         return one.target is other.target and self.equal((_said(one), one.kwargs), (_said(other), other.kwargs))
 
+    def resolved(self, value: Any) -> Any:
+        """A node without the copies, no-op casts and whole slices before it."""
+        while isinstance(value, fx.Node) and self.changes_nothing(value):
+            value = value.args[0]
+        return value
+
+    def changes_nothing(self, node: fx.Node) -> bool:
+        """Whether a node is its first operand, at these sizes."""
+        if _is_same(node):
+            return True
+        if node.op != "call_function" or operation(node) != "slice":
+            return False
+        source, axis, start, stop, step = _said(node)
+        size = self.number(source.meta["val"].shape[axis])
+        first, last = self.number(start), self.number(stop)
+        return isinstance(last, int) and (first, step) == (0, 1) and last >= size
+
     def equal(self, one: Any, other: Any) -> bool:
         if isinstance(one, (list, tuple)):
             return (
@@ -71,7 +88,7 @@ class _Comparison:
             )
         if isinstance(one, dict):
             return one.keys() == other.keys() and all(self.equal(one[key], other[key]) for key in one)
-        one, other = _resolved(one), _resolved(other)
+        one, other = self.resolved(one), self.resolved(other)
         if isinstance(one, fx.Node) and not _is_size(one):
             return self.pairs.get(one) is other
         first, second = self.number(one), self.number(other)
@@ -128,13 +145,6 @@ def _symbols(trace: Trace, at: Trace) -> dict[Any, int] | None:
     return values
 
 
-def _resolved(value: Any) -> Any:
-    """A node without the copies and no-op casts before it."""
-    while isinstance(value, fx.Node) and _is_same(value):
-        value = value.args[0]
-    return value
-
-
 def _is_same(node: fx.Node) -> bool:
     if node.op != "call_function" or effect(node) is not Effect.SAME or not node.args:
         return False
@@ -148,7 +158,7 @@ def steps_without_casts(trace: Trace) -> list[fx.Node]:
 
 
 def _steps(trace: Trace) -> list[fx.Node]:
-    """Nodes that the outputs need: inputs, parameters and constants first, then operations in order, without copies."""
+    """Nodes that the outputs need: inputs, parameters and constants first, then operations in order."""
     queue: list[fx.Node] = list(trace.graph.output_node().all_input_nodes)
     live: set[fx.Node] = set()
     while queue:
@@ -158,7 +168,7 @@ def _steps(trace: Trace) -> list[fx.Node]:
             queue += node.all_input_nodes
     held = sorted((node for node in live if node.op == "placeholder"), key=lambda node: str(_held(trace, node)))
     done = (node for node in trace.graph.nodes if node in live and node.op == "call_function" and is_data(node))
-    moved = (node for node in done if not _is_size(node) and not _is_same(node))
+    moved = (node for node in done if not _is_size(node))
     return [*held, *moved, trace.graph.output_node()]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from modegpt_graph.errors import InputError
 
 TOLERANCE = 0.005
+EXCHANGED, EXCHANGES = 8, 64  # steps made together where single ones are too coarse, and sums kept at each
 PARAMETERS = "the decoder layers' matrices"  # what a ratio is of, where nothing else is said
 
 
@@ -121,7 +122,7 @@ def meet(
     penalty: Penalty,
     tolerance: float = TOLERANCE,
 ) -> dict[str, int]:
-    """Single steps, then exchanges of two steps, that bring what is removed nearer to `target`.
+    """Single steps, then exchanges of a few steps, that bring what is removed nearer to `target`.
 
     penalty(item, rank, new_rank): what a step costs per se; of the steps that bring the budget nearer, the one with the
     least penalty per parameter goes first, until none brings it nearer.
@@ -163,24 +164,34 @@ def meet(
 
 
 def _exchange(items: Sequence[Item], ranks: dict[str, int], gap: float) -> float:
-    """Lower one item and raise another, while that closes the gap; steps of different size make finer ones together."""
-    while True:
-        steps: dict[int, tuple[Item, int]] = {}  # one representative per step size
-        for item in items:
-            for new in (item.below(ranks[item.id]), item.above(ranks[item.id])):
-                if new is not None and item.cost_per_rank:
-                    steps.setdefault(item.removed(new) - item.removed(ranks[item.id]), (item, new))
-        best = gap
-        choice: list[tuple[Item, int]] = []
-        for first, (one, new_one) in steps.items():
-            for second, (other, new_other) in steps.items():
-                if one.id != other.id and abs(gap - first - second) < abs(best):
-                    best, choice = gap - first - second, [(one, new_one), (other, new_other)]
-        if not choice:
-            return gap
-        for item, new in choice:
-            ranks[item.id] = new
-        gap = best
+    """Lower some items and raise others, while that closes the gap; steps of different size make finer ones together.
+
+    All sums of up to EXCHANGED steps are tried, breadth first, each sum once; the first of the smallest is taken.
+    """
+    best, choice = gap, dict(ranks)
+    seen, front = {gap}, [(gap, dict(ranks))]
+    for _ in range(EXCHANGED):
+        following: list[tuple[float, dict[str, int]]] = []
+        for left, own in front:
+            for moved, (item, new) in _steps(items, own).items():
+                if left - moved not in seen:
+                    seen.add(left - moved)
+                    following.append((left - moved, own | {item.id: new}))
+        front = sorted(following, key=lambda one: abs(one[0]))[:EXCHANGES]
+        if front and abs(front[0][0]) < abs(best):
+            best, choice = front[0]
+    ranks.update(choice)
+    return best
+
+
+def _steps(items: Sequence[Item], ranks: Mapping[str, int]) -> dict[int, tuple[Item, int]]:
+    """What one step moves → an item that can make it, and its new rank."""
+    steps: dict[int, tuple[Item, int]] = {}
+    for item in items:
+        for new in (item.below(ranks[item.id]), item.above(ranks[item.id])):
+            if new is not None and item.cost_per_rank:
+                steps.setdefault(item.removed(new) - item.removed(ranks[item.id]), (item, new))
+    return steps
 
 
 def removal_target(items: Sequence[Item], total: int, ratio: float, of: str = PARAMETERS) -> float:

@@ -1,6 +1,6 @@
 import pytest
 
-from modegpt_graph.allocate.budget import Item, ranks_for_ratios, reachable_ratio, removed_cost
+from modegpt_graph.allocate.budget import TOLERANCE, Item, meet, ranks_for_ratios, reachable_ratio, removed_cost
 from modegpt_graph.errors import InputError
 
 
@@ -86,3 +86,12 @@ def test_the_same_input_gives_the_same_ranks():
     items, total = decoder(layers=5)
     ratios = {layer: 0.1 + 0.1 * layer for layer in range(5)}
     assert ranks_for_ratios(items, ratios, total, 0.3) == ranks_for_ratios(items, ratios, total, 0.3)
+
+
+def test_coarse_steps_of_two_sizes_meet_a_ratio_together():
+    """Single steps end beside the target; several together, some of them back, come to it."""
+    items = [Item("a", 0, 8, 700), Item("b", 0, 8, 1100)]
+    total = sum(item.full_rank * item.cost_per_rank for item in items)
+    for removed in (4 * 700 + 1 * 1100, 1 * 700 + 3 * 1100, 6 * 700 + 2 * 1100):
+        ranks = meet(items, {"a": 8, "b": 8}, removed, total, lambda item, rank, new: 0.0)
+        assert removed_cost(items, ranks) == pytest.approx(removed, abs=TOLERANCE / 2 * total)

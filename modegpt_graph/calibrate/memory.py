@@ -33,14 +33,20 @@ class Memory:
         self.store.keep_statistics(self.key, calibrated, time.perf_counter() - start)
         return calibrated
 
-    def divergences(self, sites: Iterable[str], how: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What each site does to the logits. how: the algorithms that make it smaller."""
+    def divergences(
+        self,
+        sites: Iterable[str],
+        how: str,
+        measure: Callable[[], dict[str, float]],
+        what: str = "What sites do to the logits",
+    ) -> dict[str, float]:
+        """What each site does to the logits. how: the algorithms that make it smaller.   what: it is, in words."""
         if self.store is None:
             return measure()
         key = hashlib.blake2b(f"{self.key} divergences {how}".encode(), digest_size=20).hexdigest()
         found = self.store.numbers(key, sites)
         if found is not None:
-            self.said.append(_sentence("What sites do to the logits", found[1]))
+            self.said.append(_sentence(what, found[1]))
             return found[0]
         start = time.perf_counter()
         divergences = measure()

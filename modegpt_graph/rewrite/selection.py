@@ -1,5 +1,6 @@
 """How features are chosen: by leverage or by the surgeon, whichever does less to the logits at a few sites."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,26 +69,40 @@ def try_selections(
     for placed in (placed for one in modules for placed in one.placed):
         if isinstance(solvers[placed.site.id], ConsumerColumns):
             kinds.setdefault((placed.site.pattern, placed.footprint.layout.size), []).append(placed)
-    changed: dict[str, Solver] = {}
-    trials = []
-    few = probe_tokens(tokens)
-    for (pattern, _), alike in kinds.items():
-        places = torch.linspace(0, len(alike) - 1, min(TRIAL_SITES, len(alike))).round().long().tolist()
-        tried = {alike[place].site.id: surgeon(alike[place]) for place in places}
-        ranks = {item.id: _trial_rank(item, solvers[item.id].errors) for item in items if item.id in tried}
+    if not kinds:
+        return {}, ()
+    tried = {kind: [alike[place] for place in _spread(len(alike))] for kind, alike in kinds.items()}
+    sites = {placed.site.id: placed for some in tried.values() for placed in some}
+    ranks = {item.id: _trial_rank(item, solvers[item.id].errors) for item in items if item.id in sites}
+    by_surgeon: dict[str, Solver] = {}
 
-        def diverging(name: str, chosen: Mapping[str, Solver], ranks: Mapping[str, int] = ranks) -> Tensor:
+    def diverging() -> dict[str, float]:
+        by_surgeon.update({site: surgeon(placed) for site, placed in sites.items()})
+        found = {}
+        for name, chosen in (("leverage", solvers), ("surgeon", by_surgeon)):
             probes = {site: chosen[site].solution(rank) for site, rank in ranks.items()}
-            found = memory.divergences(
-                list(ranks), f"{how}, {name}", lambda: influences(model, modules, layers, probes, few, progress)
-            )
-            return torch.tensor([max(found[site], NOISE) for site in ranks], dtype=torch.float64).log()
+            values = influences(model, modules, layers, probes, probe_tokens(tokens), progress)
+            found |= {f"{name} {site}": value for site, value in values.items()}
+        return found
 
-        logs = diverging("surgeon tried", tried) - diverging("leverage tried", solvers)
-        trials.append(Trial(pattern, len(alike), len(tried), float(logs.mean().exp())))
+    names = [f"{name} {site}" for name in ("leverage", "surgeon") for site in sites]
+    found = memory.divergences(names, f"{how}, tried", diverging, "What choices of features do to the logits")
+    trials, changed = [], {}
+    for kind, alike in kinds.items():
+        logs = [_log(found[f"surgeon {p.site.id}"]) - _log(found[f"leverage {p.site.id}"]) for p in tried[kind]]
+        trials.append(Trial(kind[0], len(alike), len(logs), math.exp(sum(logs) / len(logs))))
         if trials[-1].surgeon:
-            changed |= {placed.site.id: tried.get(placed.site.id) or surgeon(placed) for placed in alike}
+            changed |= {one.site.id: by_surgeon.get(one.site.id) or surgeon(one) for one in alike}
     return changed, tuple(trials)
+
+
+def _spread(count: int) -> list[int]:
+    """Places of the sites that are tried, of `count` of a kind."""
+    return torch.linspace(0, count - 1, min(TRIAL_SITES, count)).round().long().tolist()
+
+
+def _log(divergence: float) -> float:
+    return math.log(max(divergence, NOISE))
 
 
 def _trial_rank(item: Item, errors: Tensor) -> int:

@@ -44,11 +44,11 @@ def test_a_second_run_reuses_and_says_so_and_gives_the_same_model(folder: Path) 
     model = family("llama")
     first = compressed(model)
     assert reused(first) == 0
-    assert len(list(folder.iterdir())) == 2  # statistics, and what sites do to the logits
+    assert len(list(folder.iterdir())) == 3  # statistics, and what sites and two choices of features do to the logits
     second = compressed(model, ratio=0.3)
-    assert reused(second) == 2
+    assert reused(second) == 3
     assert same(first, second)
-    assert reused(compressed(model, ratio=0.5)) == 2
+    assert reused(compressed(model, ratio=0.5)) == 3
     assert reused(compressed(model, cache=False)) == 0
     # Whatever figures depend on makes another key: text, weights, algorithms.
     assert reused(compressed(model, calibration=tokens(seed=1))) == 0
@@ -59,7 +59,7 @@ def test_a_second_run_reuses_and_says_so_and_gives_the_same_model(folder: Path) 
 @pytest.mark.parametrize("damage", ["cut", "changed", "foreign", "empty"])
 def test_a_damaged_or_foreign_file_is_measured_again_and_replaced(folder: Path, damage: str) -> None:
     model = family("llama")
-    first = compressed(model, allocator="uniform")
+    first = compressed(model, preset="paper", allocator="uniform")
     (file,) = folder.iterdir()
     whole = file.read_bytes()
     if damage == "changed":
@@ -68,10 +68,10 @@ def test_a_damaged_or_foreign_file_is_measured_again_and_replaced(folder: Path, 
         room.save_file({"importance": torch.zeros(2)}, file)
     else:
         file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
-    again = compressed(model, allocator="uniform")
+    again = compressed(model, preset="paper", allocator="uniform")
     assert reused(again) == 0
     assert same(first, again)
-    assert reused(compressed(model, allocator="uniform")) == 1
+    assert reused(compressed(model, preset="paper", allocator="uniform")) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

@@ -152,7 +152,7 @@ def test_a_file_in_a_folder_with_a_tokenizer(text_folder: Path, tmp_path: Path) 
     outcome = result.report.outcome
     assert outcome is not None
     assert outcome.calibration.startswith(f"{text}, 5 windows of 128 tokens, 1 of them held out")
-    assert outcome.evaluation == "1 windows of 128 tokens held out of the calibration text"
+    assert outcome.evaluation == "1 window of 128 tokens held out of the calibration text"
     assert outcome.perplexity_dense is not None
     assert outcome.perplexity_compressed is not None
     assert outcome.perplexity_dense > 1

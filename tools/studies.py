@@ -36,6 +36,7 @@ from modegpt_graph.calibrate.text import calibration_windows, evaluation_windows
 from modegpt_graph.compression import Prepared, prepare
 from modegpt_graph.evaluate import perplexity
 from modegpt_graph.models import resolve
+from modegpt_graph.progress import Clock
 
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 TEMPERATURES = (0.05, 0.1, 0.15, 0.3, 1.0, math.inf)
@@ -115,15 +116,6 @@ class Lab:
         return perplexity(model, self.texts[text][1])
 
 
-def at_ranks(prepared: Prepared, ranks: dict[str, int]) -> nn.Module:
-    """The smaller model at ranks that no allocator chose, made as the preset makes any."""
-    solutions = prepared.decomposed.solutions(ranks)
-    smaller, _ = prepared.decomposed.model(solutions)
-    if prepared.recalibrates:
-        prepared.decomposed.recalibrated(smaller, solutions)
-    return smaller
-
-
 def ratio(lab: Lab) -> Iterator[Cell]:
     for preset in PRESETS:
         for share in RATIOS:
@@ -144,7 +136,7 @@ def modules(lab: Lab) -> Iterator[Cell]:
                     item.id: item.nearest(item.full_rank * (1 - share)) if item.id in sites else item.full_rank
                     for item in prepared.decomposed.items
                 }
-                return lab.measure(at_ranks(prepared, ranks))
+                return lab.measure(prepared.build(ranks, Clock()).model)
 
             yield Cell(kind, f"{share:g}", found)
 
@@ -158,7 +150,7 @@ def temperature(lab: Lab) -> Iterator[Cell]:
                 one = prepared.decomposed
                 ratios = entropic_ratios(one.observed.importance, share, value).tolist()
                 ranks = ranks_for_ratios(one.items, dict(enumerate(ratios)), one.total, share)
-                return lab.measure(at_ranks(prepared, ranks))
+                return lab.measure(prepared.build(ranks, Clock()).model)
 
             yield Cell("∞ (uniform)" if math.isinf(value) else f"{value:g}", f"{share:g}", found)
 

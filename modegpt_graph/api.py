@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
@@ -86,6 +87,7 @@ def check_pattern(
     return meet(_original(model, example_inputs, trust_remote_code), pattern, progress)
 
 
+@torch.no_grad()
 def compress(
     model: Model,
     ratio: float | None = None,
@@ -170,6 +172,7 @@ def load(directory: str | Path, factory: Any = None, *, trust_remote_code: bool 
     return checkpoint.load(Path(directory), factory, trust_remote_code=trust_remote_code)
 
 
+@torch.no_grad()
 def verify(
     model: Model,
     seed: int = 0,
@@ -279,6 +282,7 @@ def bench(
         return compare_throughput(dense, smaller, tokens, new_tokens, rounds, stage.advance)
 
 
+@torch.no_grad()
 def compare_methods(
     model: Model,
     methods: Sequence[str],

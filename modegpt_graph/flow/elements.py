@@ -18,8 +18,8 @@ def hint(value: Any) -> Any:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Example shape of a node's value."""
-    return tuple(int(hint(size)) for size in node.meta["val"].shape)
+    """Example shape of a node's value; an axis that depends on data has at least one place."""
+    return tuple(size if isinstance(size, int) else int(hint(size)) or ROUTED for size in node.meta["val"].shape)
 
 
 def varying_axes(labels: Tensor) -> tuple[int, ...]:

@@ -131,7 +131,8 @@ def _stores(module: nn.Module) -> list[dict]:
 
 def on_meta(value: Tensor, unknown: int) -> Tensor:
     """A fake tensor as a meta tensor of the same shape, strides and dtype. unknown: for sizes that depend on data."""
-    shape, stride = (
-        [optimization_hint(size, fallback=unknown) for size in sizes] for sizes in (value.shape, value.stride())
-    )
+    shape = [
+        size if isinstance(size, int) else optimization_hint(size, fallback=unknown) or unknown for size in value.shape
+    ]
+    stride = [optimization_hint(size, fallback=unknown) for size in value.stride()]
     return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")

@@ -1,11 +1,12 @@
 """Loops over what a mask meets are traced as if it met everything.
 
-A mixture of experts often loops over those that a batch reached: `for expert in reached.nonzero()`. How many they are
-depends on the data, so no graph has that loop. While `every_branch` is active, every expert is visited, and what a mask
-selects is taken for at least one: the graph then shows each expert's product, and stands for the module where all of
-them are reached. It cannot take the place of the module's own code, and says so.
+A mixture of experts often loops over those that a batch reached: `for expert in reached.nonzero()`, or over all, with
+`if mask.any()`. How many they are depends on the data, so no graph has that loop. While `every_branch` is active, every
+expert is visited, and what a mask selects is taken for at least one: the graph then shows each expert's product, and
+stands for the module where all of them are reached. It cannot take the place of the module's own code, and says so.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,13 +14,24 @@ from typing import Any, TypeVar
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 
 Result = TypeVar("Result")
-_NONZERO: tuple[Any, ...] = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where)
-_SAME_ROWS: tuple[Any, ...] = (torch.squeeze, Tensor.squeeze, torch.flatten, Tensor.flatten, Tensor.view)
+Functions = tuple[Any, ...]
+_NONZERO: Functions = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where)
+_SAME_ROWS: Functions = (torch.squeeze, Tensor.squeeze, torch.flatten, Tensor.flatten, Tensor.view)
 _SAME_ROWS += (Tensor.reshape, Tensor.__getitem__)
-_PARTS: tuple[Any, ...] = (torch.unbind, Tensor.unbind)
+_PARTS: Functions = (torch.unbind, Tensor.unbind)
+_SUMS: Functions = (torch.sum, Tensor.sum, torch.count_nonzero, Tensor.count_nonzero, torch.any, Tensor.any)
+_BINCOUNT: Functions = (torch.bincount, Tensor.bincount)
+_SAME_COUNTS: Functions = (Tensor.__getitem__, Tensor.cpu, Tensor.to, Tensor.long, Tensor.int, Tensor.detach)
+_NUMBERS: Functions = (Tensor.item, Tensor.tolist, Tensor.__int__, Tensor.__index__)
+_COMPARED: Mapping[Any, Callable[[int, int], bool]] = {
+    function: getattr(operator, name)
+    for name in ("eq", "ne", "gt", "ge", "lt", "le")
+    for function in (getattr(torch, name), getattr(Tensor, name), getattr(Tensor, f"__{name}__"))
+}
 
 
 class _EveryBranch(TorchFunctionMode):
@@ -27,6 +39,8 @@ class _EveryBranch(TorchFunctionMode):
         super().__init__()
         self._visited, self._unused = visited, unused
         self._places: list[tuple[Tensor, int]] = []  # non-zero places of a mask of one axis, and the size of that axis
+        self._counts: list[Tensor] = []  # how much a mask meets: at least one
+        self._decided: list[tuple[Tensor, bool]] = []  # what it is compared to
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -39,11 +53,19 @@ class _EveryBranch(TorchFunctionMode):
             listed = list(range(size - self._unused))
             rows = listed if given.ndim == 1 else [[place] for place in listed]
             return rows if func is Tensor.tolist else tuple(torch.tensor(row, device=given.device) for row in rows)
+        if func is Tensor.__bool__ and (answer := self._answer(given)) is not None:
+            self._visited()
+            return answer
+        if func in _BINCOUNT and (experts := keywords.get("minlength", 0)):
+            result = one_hot(given, experts).sum(0)  # what it is where no value is larger
+            self._counts.append(result)
+            return result
         result = func(*args, **keywords)
         if func in _NONZERO and isinstance(given, Tensor):
             self._note(result, given)
         elif size is not None and func in _SAME_ROWS and _is_as_long(result, given):
             self._places.append((result, size))
+        self._count(func, given, args, result)
         return result
 
     def _note(self, found: Any, mask: Tensor) -> None:
@@ -52,6 +74,25 @@ class _EveryBranch(TorchFunctionMode):
                 torch._check(value.shape[0] >= 1)
                 if mask.ndim == 1 and isinstance(mask.shape[0], int):
                     self._places.append((value, mask.shape[0]))
+
+    def _count(self, func: Any, given: Any, args: tuple[Any, ...], result: Any) -> None:
+        is_count = any(one is given for one in self._counts)
+        if func in _SUMS and isinstance(given, Tensor) and (is_count or given.dtype == torch.bool):
+            self._counts.append(result)
+        elif is_count and (func in _SAME_COUNTS or func in _PARTS):
+            self._counts += pytree.tree_leaves(result)
+        elif is_count and func in _NUMBERS:
+            for number in pytree.tree_leaves(result):
+                torch._check(number >= 1)
+        elif is_count and func in _COMPARED and result.ndim == 0 and args[1] in (0, 1):
+            compared = {_COMPARED[func](count, args[1]) for count in (1, 2)}
+            if len(compared) == 1:
+                self._decided.append((result, *compared))
+
+    def _answer(self, condition: Any) -> bool | None:
+        if any(one is condition for one in self._counts):
+            return True
+        return next((answer for one, answer in self._decided if one is condition), None)
 
 
 def _is_as_long(one: Any, other: Tensor) -> bool:

@@ -38,7 +38,7 @@ def test_each_expert_of_a_tensor_is_a_site(analysed: Analysed, form: str) -> Non
         assert one.roles["down"].rows == ((number * experts.WIDTH, (number + 1) * experts.WIDTH),)
 
 
-@pytest.mark.parametrize("form", ["one-by-one", "dispatched", "reached"])
+@pytest.mark.parametrize("form", experts.EACH)
 def test_so_is_each_that_is_a_module(analysed: Analysed, form: str) -> None:
     sites = of_layer(analysed(lambda: experts.Decoder(form)), "mlp")
     parameters = [one.roles["down"].parameter for one in sites if one.decomposition == "nystrom"]

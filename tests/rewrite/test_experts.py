@@ -62,7 +62,7 @@ def test_a_shuffled_rewrite_changes_nothing(name: str) -> None:
     assert proof.sites == len([s for s in compressed(name).report.sites if s.decomposition is not None])
 
 
-@pytest.mark.parametrize("form", ["plain", "biased", "one-by-one", "dispatched", "reached", "split"])
+@pytest.mark.parametrize("form", ["plain", "biased", "split", *by_hand.EACH])
 def test_nor_in_decoders_written_by_hand(form: str) -> None:
     model, inputs = by_hand.decoder(form)
     proof = mg.verify(model, example_inputs=inputs)
@@ -150,7 +150,7 @@ def test_saved_and_loaded_models_generate_alike(name: str, tmp_path: Path) -> No
     assert float((before - after).abs().max()) < LOSSLESS * float(before.abs().max())
 
 
-@pytest.mark.parametrize("form", ["plain", "biased", "one-by-one", "dispatched", "reached", "split"])
+@pytest.mark.parametrize("form", ["plain", "biased", "split", *by_hand.EACH])
 def test_so_do_decoders_written_by_hand(form: str, tmp_path: Path) -> None:
     _, result, ids = compressed_by_hand(form)
     result.save(tmp_path / "out")

@@ -15,6 +15,7 @@ EXPECTED = {
     "heads in a list": (9, set()),
     "torch's own attention": (3, set()),
     "einsum": (3, set()),
+    "axes for heads": (3, set()),
     "no softmax": (3, {"attention.gate.weight"}),
     "talking heads": (4, set()),  # what mixes the heads is a pair too: each mixed head has a softmax of its own
     "written in place": (3, set()),
@@ -39,7 +40,9 @@ def test_all_of_it_is_found_and_a_shuffled_rewrite_changes_nothing(style: str) -
     assert proof.max_relative_error < TOLERANCE
 
 
-@pytest.mark.parametrize("style", ["heads in a list", "torch's own attention", "written in place", "joint projections"])
+@pytest.mark.parametrize(
+    "style", ["heads in a list", "torch's own attention", "written in place", "joint projections", "axes for heads"]
+)
 def test_what_is_saved_is_what_was_compressed(style: str, tmp_path: Path) -> None:
     model, example_inputs = styles.decoder(style)
     tokens = torch.randint(styles.VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(0))

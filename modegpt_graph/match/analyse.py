@@ -64,7 +64,8 @@ def survey(
     Raises ModegptError where the model has no decoder-layer matrices.
     """
     graph = attention_graph(trace)
-    matrices = decoder_matrices(trace)
+    biases = {linear.bias for keys in graph.linears.values() for key in keys if (linear := graph.linear(key))}
+    matrices = {name: layer for name, layer in decoder_matrices(trace).items() if name not in biases}
     if not matrices:
         raise ModegptError(f"{name}: no decoder-layer weight matrix was found in the traced graph")
     matcher = Matcher(graph)

@@ -103,8 +103,7 @@ def _score_parameters(setting: Setting, placed: Placed) -> int:
 
 def _matrix(module: nn.Module, linear: Linear) -> Tensor:
     """(out, in)."""
-    weight = module.get_parameter(linear.weight).detach()
-    return weight.T if linear.transposed else weight
+    return linear.values(module)[0]
 
 
 def without(
@@ -145,8 +144,10 @@ def _consumer(one: Units) -> Linear:
 
 def _silence(model: nn.Module, one: Units, columns: Tensor) -> None:
     linear = _consumer(one)
-    weight = model.get_submodule(one.module.path).get_parameter(linear.weight).data
-    (weight.T if linear.transposed else weight)[:, columns] = 0
+    parameter = model.get_submodule(one.module.path).get_parameter(linear.weight)
+    weight = linear.matrix(parameter.data).clone()
+    weight[:, columns] = 0
+    parameter.data = linear.stored(weight, parameter.shape, *map(torch.arange, weight.shape))
 
 
 def _add_bias(model: nn.Module, one: Units, bias: Tensor) -> None:

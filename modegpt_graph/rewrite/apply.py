@@ -61,11 +61,7 @@ class _Matrix:
     @classmethod
     def of(cls, linear: Linear, module: nn.Module, copy: int) -> "_Matrix":
         """The matrix of a product as it is; `copy`: which expert's, where the parameter holds several."""
-        weight = module.get_parameter(linear.weight).detach()
-        bias = module.get_parameter(linear.bias).detach() if linear.bias else None
-        if linear.experts is not None:
-            weight, bias = weight[copy], None if bias is None else bias[copy]
-        weight = weight.T if linear.transposed else weight
+        weight, bias = linear.values(module, None if linear.experts is None else copy)
         rows, columns = (torch.arange(size) for size in weight.shape)
         return cls(linear, weight.clone(), None if bias is None else bias.clone(), rows, columns, bias)
 
@@ -266,7 +262,8 @@ def _replace(module: nn.Module, copies: Sequence[_Matrix], converts: bool) -> tu
     path = linear_path(linear)
     owner = module.get_submodule(path)
     plain = {name for name, _ in owner.named_parameters(recurse=False)} <= {"weight", "bias"}
-    is_linear = type(owner) is nn.Linear or (converts and plain and bool(path) and weight.ndim == 2)
+    is_matrix = weight.ndim == 2 and linear.spread is None
+    is_linear = type(owner) is nn.Linear or (converts and plain and bool(path) and is_matrix)
     shape = Resized(weight.shape[-2], weight.shape[-1], bias is not None, is_linear)
     if is_linear:
         new = nn.Linear(shape.in_features, shape.out_features, shape.bias, device="meta")  # no random weights are drawn
@@ -277,9 +274,11 @@ def _replace(module: nn.Module, copies: Sequence[_Matrix], converts: bool) -> tu
         parent, _, name = path.rpartition(".")
         setattr(module.get_submodule(parent), name, new)
     else:
-        stored = weight.mT.contiguous() if linear.transposed else weight
+        shape_before = module.get_parameter(linear.weight).shape
+        stored = linear.stored(weight, shape_before, copies[0].rows, copies[0].columns)
         setattr(owner, linear.weight.rpartition(".")[2], nn.Parameter(stored, requires_grad=False))
         if bias is not None and linear.bias is not None:
+            bias = linear.stored_bias(bias, module.get_parameter(linear.bias).shape, copies[0].rows)
             setattr(owner, linear.bias.rpartition(".")[2], nn.Parameter(bias, requires_grad=False))
     return path, shape
 

@@ -14,6 +14,7 @@ from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import rewrite
 from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
+from modegpt_graph.trace.linear import Linear
 
 
 def influences(
@@ -151,10 +152,14 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
     """Within this context the module computes what it will after the rewrite, with weights of the original shapes."""
     changed: list[tuple[nn.Parameter, Tensor]] = []
 
-    def change(name: str, transposed: bool, value: Tensor) -> None:
-        parameter = module.get_parameter(name)
+    def change(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
+        parameter = module.get_parameter(linear.weight)
         changed.append((parameter, parameter.data))
-        parameter.data = (value.mT if transposed else value).to(parameter.dtype).contiguous()
+        parameter.data = linear.stored(weight, parameter.shape, *map(torch.arange, weight.shape)).to(parameter.dtype)
+        if bias is not None and linear.bias is not None:
+            parameter = module.get_parameter(linear.bias)
+            changed.append((parameter, parameter.data))
+            parameter.data = bias.view(parameter.shape).to(parameter.dtype)
 
     footprint, layout = placed.footprint, placed.footprint.layout
     sources = taken(layout, solution.kept)
@@ -162,30 +167,30 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
         if footprint.outline.consumers:
             for role, linear in footprint.outline.consumers.items():
                 rows, bias = solution.refits[role]
-                stored = module.get_parameter(linear.weight).data
-                full = (stored if linear.transposed else stored.mT).flatten(0, -2).double().clone()  # (N, D)
+                weight, _ = linear.values(module)
+                full = weight.mT.flatten(0, -2).double().clone()  # (N, D)
                 full[layout.members[role].flatten()] = spread_rows(layout.size, sources, solution, rows)
-                change(linear.weight, linear.transposed, _stored(full, linear.experts))
-                if bias is not None and linear.bias is not None:
-                    change(linear.bias, False, bias)
+                change(linear, _outputs_first(full, linear.experts), bias)
         else:
             role, linear = next(iter(footprint.outline.producers.items()))
             key = tuple(footprint.outline.producers)[1]
             operator = _operator(layout.members[role].shape[1], sources, solution, role, key, layout.size)
             members = layout.members[role]
-            for name in filter(None, (linear.weight, linear.bias)):
-                stored = module.get_parameter(name).data
-                rows = (stored.T if linear.transposed and stored.ndim == 2 else stored).clone()
-                own = rows[members].double()
-                rows[members] = torch.einsum("ghde,ghd...->ghe...", operator, own).to(rows.dtype)
-                change(name, linear.transposed and stored.ndim == 2, rows)
+            mixed = []
+            for own in linear.values(module):
+                rows = None if own is None else own.double()
+                if rows is not None:
+                    rows = rows.clone()
+                    rows[members] = torch.einsum("ghde,ghd...->ghe...", operator, rows[members])
+                mixed.append(rows)
+            change(linear, *mixed)
         yield
     finally:
         for parameter, data in reversed(changed):
             parameter.data = data
 
 
-def _stored(spread: Tensor, experts: int | None) -> Tensor:
+def _outputs_first(spread: Tensor, experts: int | None) -> Tensor:
     """(D, N), or (experts, D, N) where the features of experts stand one after the other in (experts · N, D)."""
     return spread.T if experts is None else spread.view(experts, -1, spread.shape[-1]).mT
 

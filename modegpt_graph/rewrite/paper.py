@@ -78,9 +78,9 @@ class PaperBasis:
     def __init__(self, placed: Placed, module: nn.Module, problem: Problem, inputs: Tensor) -> None:
         self._layout, self._problem, self._inputs = placed.footprint.layout, problem, inputs
         ((self._role, linear),) = placed.footprint.outline.producers.items()
-        weight = module.get_parameter(linear.weight).detach()
-        rows = (weight.T if linear.transposed else weight).double()  # (N, D)
-        bias = module.get_parameter(linear.bias).detach().double() if linear.bias else rows.new_zeros(len(rows))
+        matrix, offset = linear.values(module)
+        rows = matrix.double()  # (N, D)
+        bias = rows.new_zeros(len(rows)) if offset is None else offset.double()
         members = self._layout.members[self._role][:, 0]  # (G, d)
         self._value = torch.cat([rows, bias[:, None]], 1)[members].mT  # (G, D + 1, d)
         groups, heads, size = self._layout.members[problem.role].shape

@@ -139,11 +139,8 @@ def consumer_problem(
     module: nn.Module, linear: Linear, layout: Layout, role: str, gram: Tensor, copy: int | None = None
 ) -> Problem:
     """A consumer's problem in the order of the layout. copy: which expert of a tensor that holds several."""
-    weight = module.get_parameter(linear.weight).detach()
-    bias = module.get_parameter(linear.bias).detach().double() if linear.bias else None
-    if copy is not None:
-        weight, bias = weight[copy], None if bias is None else bias[copy]
-    weight = (weight if linear.transposed else weight.T).double()  # (N, D)
+    matrix, bias = linear.values(module, copy)
+    weight, bias = matrix.T.double(), None if bias is None else bias.double()  # (N, D), (D,)
     order = layout.members[role].flatten()
     last = torch.tensor([weight.shape[0]]) if bias is not None else order[:0]
     rows = torch.cat([order, last])

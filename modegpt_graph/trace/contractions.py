@@ -1,4 +1,4 @@
-"""An `einsum` is axes put in order and one matrix product, and is said so: what it sums over is then the last axis.
+"""An `einsum` or `tensordot` is axes put in order and one matrix product, and is said so: it sums over the last axis.
 
 `bqhd,bkhd->bhqk` becomes `q.permute(…) @ k.permute(…)`. Axes that both operands have and that stay are leading axes of
 the product; those of one operand alone are broadcast against the other. Several that are summed over are flattened.
@@ -31,14 +31,52 @@ def spell_einsums(graph: fx.Graph) -> None:
     Left as they are: those that take a diagonal (a letter twice in one operand).
     """
     for node in list(graph.nodes):
-        if operation(node) == "einsum":
-            equation, operands = arguments(node)[:2]
+        if operation(node) in ("einsum", "tensordot"):
+            equation, operands = _tensordot(node) if operation(node) == "tensordot" else arguments(node)[:2]
             terms, wanted = _parse(equation, operands)
             if terms is not None:
                 with graph.inserting_before(node):
                     result = _Speller(graph, node, wanted).contracted(terms)
                 node.replace_all_uses_with(result)
                 graph.erase_node(node)
+
+
+def add_biases_first(graph: fx.Graph) -> None:
+    """Where a product has an axis spread over several, and a tensor over these is added, it is added to the product.
+
+    The graph is changed. What is added is then a bias of the product, one value an output.
+    """
+    for node in list(graph.nodes):
+        if operation(node).removesuffix("_") != "add" or node.kwargs or len(node.all_input_nodes) != 2:
+            continue
+        spread, other = arguments(node)[:2]
+        if operation(spread) != "unflatten":
+            spread, other = other, spread
+        if not isinstance(spread, fx.Node) or not isinstance(other, fx.Node) or operation(spread) != "unflatten":
+            continue
+        product, axis, sizes = arguments(spread)[:3]
+        is_last = axis in (-1, product.meta["val"].ndim - 1)
+        if is_last and len(spread.users) == 1 and list(other.meta["val"].shape) == list(sizes):
+            with graph.inserting_before(node):
+                flat = call_like(graph, node, aten.flatten.using_ints, other)
+                added = call_like(graph, node, aten.add.Tensor, product, flat)
+                result = call_like(graph, node, aten.unflatten.int, added, -1, sizes)
+            node.replace_all_uses_with(result)
+            graph.erase_node(node)
+            graph.erase_node(spread)
+
+
+def _tensordot(node: fx.Node) -> tuple[str, list[fx.Node]]:
+    """The same as an `einsum`."""
+    left, right, ours, theirs = arguments(node)[:4]
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    first = [next(letters) for _ in left.meta["val"].shape]
+    second = [next(letters) for _ in right.meta["val"].shape]
+    for one, other in zip(ours, theirs, strict=True):
+        second[other] = first[one]
+    summed = {first[axis] for axis in ours}
+    free = [letter for letter in [*first, *second] if letter not in summed]
+    return f"{''.join(first)},{''.join(second)}->{''.join(free)}", [left, right]
 
 
 def _parse(equation: str, operands: Sequence[fx.Node]) -> tuple[list[_Term] | None, str]:

@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.trace.branches import watched_branches
 from modegpt_graph.trace.calls import CacheSlot, Call, SizeSlot, Slot
-from modegpt_graph.trace.contractions import spell_einsums
+from modegpt_graph.trace.contractions import add_biases_first, spell_einsums
 from modegpt_graph.trace.fake import fake_cpu, kept_tensors
 from modegpt_graph.trace.filled import join_filled
 from modegpt_graph.trace.grouped import group_experts
@@ -125,6 +125,7 @@ def export(module: nn.Module, call: Call) -> Trace:
                 join_filled(program.graph)
             spell_einsums(program.graph)
             spell_out(program.graph)
+            add_biases_first(program.graph)
             group_experts(program.graph)
             merge_equal(program.graph)
     except Exception as error:

@@ -12,7 +12,7 @@ import networkx
 from torch import fx, nn
 
 from modegpt_graph.trace.export import Trace
-from modegpt_graph.trace.linear import TURNS, Linear, find_linears
+from modegpt_graph.trace.linear import ORDERS, Linear, find_linears
 from modegpt_graph.trace.operations import Effect, data_operands, effect, is_data, operation
 
 ELEMENTWISE = frozenset({Effect.LINEAR_UNARY, Effect.UNARY, Effect.SUM, Effect.PRODUCT})
@@ -72,7 +72,7 @@ class Graph:
             for user in node.users:
                 if user in own or not is_data(user) or node not in data_operands(user):
                     continue
-                if operation(user) not in TURNS and effect(user) is not Effect.SAME:
+                if operation(user) not in ORDERS and effect(user) is not Effect.SAME:
                     return user
                 queue.append(user)
         return None

@@ -2,15 +2,21 @@
 
 A tensor of three axes holds one matrix for each expert. Its product is one linear map for every expert, of the tokens
 that go there: they stand together along the first axis (`grouped_mm`), or have an axis of experts before them (`bmm`).
+Or it is one matrix, of which an axis is spread over two: heads, and the features of each.
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx
+import torch
+from torch import Tensor, fx, nn
 
 from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.operations import Effect, arguments, effect, operation
+
+Axes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Linear:
     weight, bias: names in the traced module.   transposed: the parameter is stored (in, out) instead of (out, in).
     experts: how many matrices the parameter holds, one for each expert; None where it is one matrix itself.
     offsets: (experts,) where each expert's tokens end along the first axis of `source`; None where experts are an axis.
+    spread: the axes of a parameter with more than two that its outputs stand on, and those of its inputs.
     inner: nodes that belong to the product: those between it and the bias that is added to it.
     """
 
@@ -31,6 +38,7 @@ class Linear:
     transposed: bool
     experts: int | None = None
     offsets: fx.Node | None = None
+    spread: tuple[Axes, Axes] | None = None
     inner: tuple[fx.Node, ...] = ()
 
     @property
@@ -40,47 +48,103 @@ class Linear:
 
     def shape(self, parameter_shape: tuple[int, ...]) -> tuple[int, int]:
         """(output features, input features) of the parameter, of one expert's matrix where it holds several."""
+        if self.spread is not None:
+            outputs, inputs = (math.prod(parameter_shape[axis] for axis in axes) for axes in self.spread)
+            return outputs, inputs
         rows, columns = parameter_shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """The parameter as (out, in), or (experts, out, in); a view of it where it is stored as one matrix."""
+        if self.spread is not None:
+            outputs, inputs = self.spread
+            return parameter.permute(*outputs, *inputs).flatten(-len(inputs)).flatten(0, len(outputs) - 1)
+        return parameter.mT if self.transposed else parameter
+
+    def values(self, module: nn.Module, copy: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """(out, in) matrix and (out,) bias of the product, or those of all experts; of one where `copy` says which."""
+        weight = self.matrix(module.get_parameter(self.weight).detach())
+        bias = None if self.bias is None else module.get_parameter(self.bias).detach()
+        if bias is not None and self.experts is None:
+            bias = bias.flatten()
+        return (weight, bias) if copy is None else (weight[copy], None if bias is None else bias[copy])
+
+    def stored(self, matrix: Tensor, shape: Sequence[int], rows: Tensor, columns: Tensor) -> Tensor:
+        """A matrix, or all experts', as the parameter holds it.
+
+        shape: of the parameter when it held all outputs and inputs.   rows, columns: those that `matrix` still has.
+        """
+        if self.spread is None:
+            return (matrix.mT if self.transposed else matrix).contiguous()
+        order = [*self.spread[0], *self.spread[1]]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        sizes = (
+            _sizes_left(kept, [shape[axis] for axis in axes])
+            for kept, axes in zip((rows, columns), self.spread, strict=True)
+        )
+        return matrix.reshape(*itertools.chain.from_iterable(sizes)).permute(back).contiguous()
+
+    def stored_bias(self, bias: Tensor, shape: Sequence[int], rows: Tensor) -> Tensor:
+        """A bias, or all experts', as the parameter holds it that had this shape with all outputs."""
+        return bias if self.experts is not None else bias.view(_sizes_left(rows, shape))
+
+
+def _sizes_left(kept: Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many places of each axis are kept. kept: places of the flattened axes, as many in every part."""
+    places = torch.unravel_index(kept, list(sizes))
+    return [len(one.unique()) for one in places]
+
 
 TURNS = {"t", "transpose", "permute", "T", "mT", "numpy_T", "swapaxes"}
+ORDERS = TURNS | {"flatten"}  # what makes a matrix of a parameter, and changes none of its values
 _GROUPED = {"_grouped_mm", "grouped_mm_fallback"}
 
 
 def find_linears(trace: Trace) -> dict[fx.Node, Linear]:
     """Node → the product with a parameter that it is, in order."""
-    state = {name: parameter.ndim for name, parameter in trace.module.named_parameters() if parameter.ndim in (2, 3)}
+    state = {name: parameter.ndim for name, parameter in trace.module.named_parameters() if parameter.ndim >= 2}
     placeholders = {holder: name for holder, name in trace.state.items() if name in state}
     found = (_find_linear(node, trace, placeholders) for node in trace.graph.nodes)
-    linears = (_with_bias(one, trace) if one.experts is not None else one for one in found if one is not None)
+    linears = (_with_bias(one, trace) for one in found if one is not None)
     return {linear.node: linear for linear in linears}
 
 
-def _parameter(node: object, state: Mapping[str, str]) -> tuple[str, bool, int] | None:
-    """(name, whether it is turned, axes) of a parameter, read directly or with its last two axes exchanged."""
-    turned = False
+def _parameter(node: object, state: Mapping[str, str]) -> tuple[str, list[Axes]] | None:
+    """Name of a parameter, and the axes of it that each axis of `node` is; None where it is more than put in order."""
+    steps: list[fx.Node] = []
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if operation(node) in TURNS and _turns_last(node):
-            turned = not turned
-        elif effect(node) is not Effect.SAME:
-            return None
+        if effect(node) is not Effect.SAME:
+            steps.append(node)
         node = node.args[0]
-    if isinstance(node, fx.Node) and node.name in state:
-        return state[node.name], turned, node.meta["val"].ndim
-    return None
+    if not isinstance(node, fx.Node) or node.name not in state:
+        return None
+    axes: list[Axes] | None = [(axis,) for axis in range(node.meta["val"].ndim)]
+    for step in reversed(steps):
+        axes = _put_in_order(step, axes)
+        if axes is None:
+            return None
+    return state[node.name], axes
 
 
-def _turns_last(node: fx.Node) -> bool:
-    """Whether a transposition exchanges the last two axes and leaves the others."""
-    ndim, rest = node.meta["val"].ndim, node.args[1:]
-    if ndim == 2:
-        return True
-    if operation(node) == "permute":
-        order = rest[0]
-        return [axis % ndim for axis in order] == [*range(ndim - 2), ndim - 1, ndim - 2]  # type: ignore[union-attr,operator]
-    axes = [axis % ndim for axis in rest if isinstance(axis, int)]
-    return sorted(axes) == [ndim - 2, ndim - 1] or operation(node) == "mT"
+def _put_in_order(node: fx.Node, axes: list[Axes]) -> list[Axes] | None:
+    """The axes after one operation, which exchanges some or makes one of several; None for any other."""
+    name, rest = operation(node), arguments(node)[1:]
+    if name == "flatten":
+        first, last = (axis % len(axes) for axis in [*rest, *(0, -1)[len(rest) :]])
+        return [*axes[:first], tuple(one for axis in axes[first : last + 1] for one in axis), *axes[last + 1 :]]
+    if name not in TURNS:
+        return None
+    if name == "permute":
+        return [axes[axis] for axis in rest[0]]
+    if name in ("transpose", "swapaxes"):
+        first, second = (axis % len(axes) for axis in rest)
+    elif name == "mT" or len(axes) == 2:
+        first, second = len(axes) - 2, len(axes) - 1
+    else:
+        return axes[::-1]
+    exchanged = list(axes)
+    exchanged[first], exchanged[second] = axes[second], axes[first]
+    return exchanged
 
 
 def _find_linear(node: fx.Node, trace: Trace, state: Mapping[str, str]) -> Linear | None:
@@ -105,13 +169,19 @@ def _find_linear(node: fx.Node, trace: Trace, state: Mapping[str, str]) -> Linea
     found = _parameter(matrix, state)
     if found is None or not isinstance(source, fx.Node):
         return None
-    weight, turned, axes = found
+    weight, axes = found
     bias_name = state_name(bias, trace)
     if bias is not None and bias_name is None:
         return None
-    linear = Linear(node, source, weight, bias_name, transposed=stored_out_in == turned)
-    if axes == 2:
-        return linear if name not in _GROUPED and name != "bmm" else None
+    outputs, inputs = axes[-2:] if stored_out_in else axes[:-3:-1]
+    linear = Linear(node, source, weight, bias_name, transposed=outputs > inputs)
+    if len(axes) == 2:
+        if name in _GROUPED or name == "bmm":
+            return None
+        is_spread = len(outputs) + len(inputs) > 2
+        return replace(linear, transposed=False, spread=(outputs, inputs)) if is_spread else linear
+    if len(axes) != 3 or axes[0] != (0,):
+        return None
     experts = int(trace.module.get_parameter(weight).shape[0])
     if name in _GROUPED and isinstance(offsets, fx.Node):
         return replace(linear, experts=experts, offsets=offsets)
@@ -121,15 +191,25 @@ def _find_linear(node: fx.Node, trace: Trace, state: Mapping[str, str]) -> Linea
 
 
 def _with_bias(linear: Linear, trace: Trace) -> Linear:
-    """The same product with the bias that is added to it, where one row of a parameter stands for each expert."""
+    """The same product with the bias that is added to it; of experts, where a row of a parameter stands for each."""
     users = [user for user in linear.node.users if effect(user) is not Effect.SIZE]
-    if len(users) != 1 or operation(users[0]).removesuffix("_") != "add" or users[0].kwargs:
+    if linear.bias or len(users) != 1 or operation(users[0]).removesuffix("_") != "add" or users[0].kwargs:
         return linear
     (other,) = [node for node in users[0].all_input_nodes if node is not linear.node] or (None,)
     if other is None or len(other.users) != 1:
         return linear
-    name = _expert_rows(other, linear, trace)
+    name = _row(other, linear, trace) if linear.experts is None else _expert_rows(other, linear, trace)
     return linear if name is None else replace(linear, node=users[0], bias=name, inner=(linear.node, other))
+
+
+def _row(node: fx.Node, linear: Linear, trace: Trace) -> str | None:
+    """Name of the parameter whose values are one for each output of a product."""
+    if node.meta["val"].ndim != 1 or node.meta["val"].shape[0] != linear.node.meta["val"].shape[-1]:
+        return None
+    while node.op == "call_function" and (effect(node) is Effect.SAME or operation(node) == "flatten"):
+        node = node.args[0]  # type: ignore[assignment]
+    name = state_name(node, trace)
+    return name if name in dict(trace.module.named_parameters()) else None
 
 
 def _expert_rows(node: fx.Node, linear: Linear, trace: Trace) -> str | None:

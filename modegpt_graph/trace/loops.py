@@ -85,9 +85,9 @@ class _EveryBranch(TorchFunctionMode):
             for number in pytree.tree_leaves(result):
                 torch._check(number >= 1)
         elif is_count and func in _COMPARED and result.ndim == 0 and args[1] in (0, 1):
-            compared = {_COMPARED[func](count, args[1]) for count in (1, 2)}
-            if len(compared) == 1:
-                self._decided.append((result, *compared))
+            answers = [_COMPARED[func](count, args[1]) for count in (1, 2)]  # that of 2 is that of all above
+            if len(set(answers)) == 1:
+                self._decided.append((result, answers[0]))
 
     def _answer(self, condition: Any) -> bool | None:
         if any(one is condition for one in self._counts):

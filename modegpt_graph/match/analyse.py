@@ -64,8 +64,7 @@ def survey(
     Raises ModegptError where the model has no decoder-layer matrices.
     """
     graph = attention_graph(trace)
-    biases = {linear.bias for keys in graph.linears.values() for key in keys if (linear := graph.linear(key))}
-    matrices = {name: layer for name, layer in decoder_matrices(trace).items() if name not in biases}
+    matrices = decoder_matrices(trace)
     if not matrices:
         raise ModegptError(f"{name}: no decoder-layer weight matrix was found in the traced graph")
     matcher = Matcher(graph)

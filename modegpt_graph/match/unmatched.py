@@ -73,6 +73,10 @@ def _not_one_matrix(graph: Graph, parameter: str) -> str:
     if not readers:
         return "nothing in the traced call reads it: it belongs to a branch that token ids alone do not reach"
     names = _names(readers)
+    products = (linear for keys in graph.linears.values() for key in keys if (linear := graph.linear(key)) is not None)
+    weight = next((linear.weight for linear in products if linear.bias == parameter), None)
+    if weight is not None:
+        return f"it is no matrix of a linear map, but the bias of `{weight}`: what becomes of that becomes of it"
     if _makes_a_matrix(graph, parameter):
         return (
             f"the matrix that is multiplied is computed from it on every call, by {names}: it can be made smaller once "

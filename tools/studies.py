@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.allocate.budget import ranks_for_ratios
+from modegpt_graph.allocate.budget import Target, ranks_for_ratios
 from modegpt_graph.allocate.entropic import entropic_ratios
 from modegpt_graph.api import analyze
 from modegpt_graph.calibrate.sampling import sample_windows
@@ -149,7 +149,7 @@ def temperature(lab: Lab) -> Iterator[Cell]:
                 prepared = lab.of("paper")
                 one = prepared.decomposed
                 ratios = entropic_ratios(one.observed.importance, share, value).tolist()
-                ranks = ranks_for_ratios(one.items, dict(enumerate(ratios)), one.total, share)
+                ranks = ranks_for_ratios(one.items, dict(enumerate(ratios)), Target(one.total, share))
                 return lab.measure(prepared.build(ranks, Clock()).model)
 
             yield Cell("∞ (uniform)" if math.isinf(value) else f"{value:g}", f"{share:g}", found)

@@ -59,6 +59,32 @@ class Item:
         return (self.full_rank - rank) * self.cost_per_rank
 
 
+@dataclass(frozen=True)
+class Target:
+    """How much is to go: `ratio` of `total`.
+
+    of: what `total` counts, in words.   tolerance: how far from the ratio what goes may be.
+    """
+
+    total: int
+    ratio: float
+    of: str = PARAMETERS
+    tolerance: float = TOLERANCE
+
+    def amount(self, items: Sequence[Item]) -> float:
+        """What is to go; InputError where the items cannot give it."""
+        if len({item.id for item in items}) != len(items):
+            raise ValueError("two items have the same id")
+        if self.total < 1 or not 0 <= self.ratio < 1:
+            raise InputError(f"ratio {self.ratio:g} of {self.total:,}, which is {self.of}: the ratio must be in 0..1")
+        if self.ratio > reachable_ratio(items, self.total):
+            raise InputError(
+                f"ratio {self.ratio:g} cannot be reached: the sites found can give at most "
+                f"{reachable_ratio(items, self.total):.4f} of {self.of}; ask for less"
+            )
+        return self.ratio * self.total
+
+
 Penalty = Callable[[Item, int, int], float]
 
 
@@ -67,25 +93,16 @@ def removed_cost(items: Sequence[Item], ranks: Mapping[str, int]) -> int:
     return sum(item.removed(ranks[item.id]) for item in items)
 
 
-def ranks_for_ratios(
-    items: Sequence[Item],
-    layer_ratios: Mapping[int | None, float],
-    total: int,
-    ratio: float,
-    of: str = PARAMETERS,
-    *,
-    tolerance: float = TOLERANCE,
-) -> dict[str, int]:
-    """Ranks such that `ratio` of `total` goes, shared between layers as `layer_ratios` says.
+def ranks_for_ratios(items: Sequence[Item], layer_ratios: Mapping[int | None, float], target: Target) -> dict[str, int]:
+    """Ranks such that the target goes, shared between layers as `layer_ratios` says.
 
-    of: what `total` counts, in words.   tolerance: how far from the ratio what goes may be.
     layer_ratios: ratio of every layer that has an item; all are scaled by one factor, because some parameters of a
     layer may be in no item and some items may reach their minimum. Rounding is then repaired by single steps, the ones
     that bring an item nearest to its own ratio first.
     Raises InputError, naming the largest (or nearest) reachable ratio, where the budget cannot be met within 0.5
     percentage points.
     """
-    target = removal_target(items, total, ratio, of)
+    amount = target.amount(items)
     missing = sorted({str(item.layer) for item in items if item.layer not in layer_ratios})
     if missing:
         raise ValueError(f"no ratio for layer {', '.join(missing)}")
@@ -99,11 +116,11 @@ def ranks_for_ratios(
         return sum((item.full_rank - ideal(item, factor)) * item.cost_per_rank for item in items)
 
     low, high = 0.0, 1.0
-    while removed(high) < target and high < 1e9:
+    while removed(high) < amount and high < 1e9:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if removed(middle) < target else (low, middle)
+        low, high = (middle, high) if removed(middle) < amount else (low, middle)
     ideals = {item.id: ideal(item, high) for item in items}
     ranks = {item.id: item.nearest(ideals[item.id]) for item in items}
 
@@ -111,25 +128,18 @@ def ranks_for_ratios(
         """How much farther from its ideal, as a share of its full rank, the item gets."""
         return (abs(new - ideals[item.id]) - abs(rank - ideals[item.id])) / item.full_rank
 
-    return meet(items, ranks, target, total, penalty, tolerance)
+    return meet(items, ranks, target, penalty)
 
 
-def meet(
-    items: Sequence[Item],
-    ranks: Mapping[str, int],
-    target: float,
-    total: int,
-    penalty: Penalty,
-    tolerance: float = TOLERANCE,
-) -> dict[str, int]:
-    """Single steps, then exchanges of a few steps, that bring what is removed nearer to `target`.
+def meet(items: Sequence[Item], ranks: Mapping[str, int], target: Target, penalty: Penalty) -> dict[str, int]:
+    """Single steps, then exchanges of a few steps, that bring what is removed nearer to the target.
 
     penalty(item, rank, new_rank): what a step costs per se; of the steps that bring the budget nearer, the one with the
     least penalty per parameter goes first, until none brings it nearer.
-    Raises InputError where what is reached is more than `tolerance` of the total away.
+    Raises InputError where what is reached is farther from the target than it tolerates.
     """
     ranks = dict(ranks)
-    gap = target - removed_cost(items, ranks)  # positive: too little goes
+    gap = target.amount(items) - removed_cost(items, ranks)  # positive: too little goes
     lowering: bool | None = None
     queue: list[tuple[float, int, int, int]] = []  # (penalty per parameter, item, new rank, parameters moved)
 
@@ -153,12 +163,12 @@ def meet(
         ranks[items[index].id] = new
         gap -= moved
         push(index)
-    if abs(gap) > TOLERANCE / 2 * total:
+    if abs(gap) > TOLERANCE / 2 * target.total:
         gap = _exchange(items, ranks, gap)
-    if abs(gap) > tolerance * total:
-        reached = removed_cost(items, ranks) / total
+    if abs(gap) > target.tolerance * target.total:
+        reached = removed_cost(items, ranks) / target.total
         raise InputError(
-            f"ratio {target / total:.3f} falls between two steps of rank; the nearest that can be met is {reached:.4f}"
+            f"ratio {target.ratio:.3f} falls between two steps of rank; the nearest that can be met is {reached:.4f}"
         )
     return ranks
 
@@ -192,22 +202,6 @@ def _steps(items: Sequence[Item], ranks: Mapping[str, int]) -> dict[int, tuple[I
             if new is not None and item.cost_per_rank:
                 steps.setdefault(item.removed(new) - item.removed(ranks[item.id]), (item, new))
     return steps
-
-
-def removal_target(items: Sequence[Item], total: int, ratio: float, of: str = PARAMETERS) -> float:
-    """How much to remove; InputError where the items cannot give it. of: what `total` counts, in words."""
-    if len({item.id for item in items}) != len(items):
-        raise ValueError("two items have the same id")
-    if total < 1 or not 0 <= ratio < 1:
-        raise InputError(f"ratio {ratio:g} of {total:,}, which is {of}: the ratio must be in 0..1")
-    reachable = sum(item.removed(item.lowest()) for item in items)
-    target = ratio * total
-    if target > reachable:
-        raise InputError(
-            f"ratio {ratio:g} cannot be reached: the sites found can give at most {reachable / total:.4f} "
-            f"of {of}; ask for less"
-        )
-    return target
 
 
 def reachable_ratio(items: Sequence[Item], total: int) -> float:

@@ -6,36 +6,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from modegpt_graph.allocate.budget import PARAMETERS, TOLERANCE, Item, meet, removal_target
+from modegpt_graph.allocate.budget import Item, Target, meet
 from modegpt_graph.errors import InputError
 
 
-def allocate_by_curves(
-    items: Sequence[Item],
-    curves: Mapping[str, Tensor],
-    total: int,
-    ratio: float,
-    of: str = PARAMETERS,
-    *,
-    tolerance: float = TOLERANCE,
-) -> dict[str, int]:
-    """Ranks that minimise Σ cost(rank) while `ratio` of `total` goes.
+def allocate_by_curves(items: Sequence[Item], curves: Mapping[str, Tensor], target: Target) -> dict[str, int]:
+    """Ranks that minimise Σ cost(rank) while the target goes.
 
-    of: what `total` counts, in words.   tolerance: how far from the ratio what goes may be.
     curves: cost of every item at rank 0..full_rank, (full_rank + 1,). Every curve is replaced by its lower convex hull
     over the allowed ranks; taking hull segments in the order of their cost per parameter is the optimum of the
     Lagrangian for every budget at once. The last segment is walked rank by rank.
     Raises InputError where the budget cannot be met within 0.5 percentage points or a curve is not finite.
     Source: Shoham and Gersho (1988), bit allocation by convex hulls.
     """
-    target = removal_target(items, total, ratio, of)
+    left = target.amount(items)
     costs = {item.id: _costs(item, curves[item.id]) for item in items}
     ranks = {item.id: item.full_rank for item in items}
     hulls = {item.id: _hull(item, costs[item.id]) for item in items}
     queue: list[tuple[float, int, int]] = []  # (cost per parameter, index of the item, next hull point)
     for index, item in enumerate(items):
         _push(queue, hulls[item.id], costs[item.id], item, index, 1)
-    left = target
     while queue and left > 0:
         _, index, point = heapq.heappop(queue)
         item = items[index]
@@ -52,7 +42,7 @@ def allocate_by_curves(
     def penalty(item: Item, rank: int, new: int) -> float:
         return costs[item.id][new] - costs[item.id][rank]
 
-    return meet(items, ranks, target, total, penalty, tolerance)
+    return meet(items, ranks, target, penalty)
 
 
 def _costs(item: Item, curve: Tensor) -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.allocate.budget import Item, ranks_for_ratios
+from modegpt_graph.allocate.budget import Item, Target, ranks_for_ratios
 from modegpt_graph.decompose.numerics import factorise
 from modegpt_graph.errors import InputError
 from modegpt_graph.methods.common import Pass, Setting, Smaller, check_runs
@@ -114,7 +114,7 @@ def _ranks(
     if wished <= 0:
         return {item.id: item.full_rank for item in items}
     try:
-        return ranks_for_ratios(items, layers, total, wished / total)
+        return ranks_for_ratios(items, layers, Target(total, wished / total))
     except InputError:
         most = saved + sum(item.removed(item.lowest()) for item in items)
         raise InputError(f"ratio {ratio:g} cannot be met: factors of rank 1 give {most / total:.4f}") from None

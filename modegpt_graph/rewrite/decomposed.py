@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from modegpt_graph.allocate.budget import TOLERANCE, Item, reachable_ratio, removed_cost
+from modegpt_graph.allocate.budget import TOLERANCE, Item, Target, reachable_ratio, removed_cost
 from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import Calibrated
@@ -116,16 +116,16 @@ class Decomposed:
         Raises InputError where the sites cannot give it.
         """
         items = [item for item in self.costs.items(self.items, budget) if item.id not in without]
-        total, of = self.costs.totals[budget], BUDGETS[budget]
+        target = Target(self.costs.totals[budget], ratio, BUDGETS[budget], tolerance)
         if allocator == "curves":
             first = {site: {rank: self.divergences[site][rank]} for site, rank in half_ranks(self.items).items()}
-            ranks = curve_ranks(items, self.solvers, first, self._diverging, total, ratio, of, tolerance)
+            ranks = curve_ranks(items, self.solvers, first, self._diverging, target)
         elif allocator == "split-influence":
-            ranks = block_ranks(items, *self.blocks, self.observed.importance, total, ratio, of, tolerance)
+            ranks = block_ranks(items, *self.blocks, self.observed.importance, target)
         elif allocator == "owl":
-            ranks = outlier_ranks(items, self.outliers, total, ratio, of, tolerance)
+            ranks = outlier_ranks(items, self.outliers, target)
         else:
-            ranks = layer_ranks(allocator, items, self.observed.importance, total, ratio, of, tolerance)
+            ranks = layer_ranks(allocator, items, self.observed.importance, target)
         return {item.id: ranks.get(item.id, item.full_rank) for item in self.items}
 
     def solutions(self, ranks: Mapping[str, int]) -> dict[str, Solution]:

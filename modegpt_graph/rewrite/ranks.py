@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.allocate.budget import PARAMETERS, TOLERANCE, Item, ranks_for_ratios
+from modegpt_graph.allocate.budget import Item, Target, ranks_for_ratios
 from modegpt_graph.allocate.curves import allocate_by_curves
 from modegpt_graph.allocate.entropic import entropic_ratios, uniform_ratios
 from modegpt_graph.allocate.outliers import outlier_ratios
@@ -32,17 +32,14 @@ def layer_ranks(
     allocator: str,
     items: Sequence[Item],
     importance: Tensor,
-    total: int,
-    ratio: float,
-    of: str = PARAMETERS,
-    tolerance: float = TOLERANCE,
+    target: Target,
 ) -> dict[str, int]:
     """Ranks by a ratio per layer: `uniform`, or `block-influence` with the entropic closed form."""
     if allocator == "uniform":
-        ratios = uniform_ratios(len(importance), ratio)
+        ratios = uniform_ratios(len(importance), target.ratio)
     else:
-        ratios = entropic_ratios(importance, ratio, TEMPERATURE)
-    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total, ratio, of, tolerance=tolerance)
+        ratios = entropic_ratios(importance, target.ratio, TEMPERATURE)
+    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), target)
 
 
 def block_ranks(
@@ -50,10 +47,7 @@ def block_ranks(
     blocks: Sequence[Block],
     influence: Sequence[float | None],
     importance: Tensor,
-    total: int,
-    ratio: float,
-    of: str = PARAMETERS,
-    tolerance: float = TOLERANCE,
+    target: Target,
 ) -> dict[str, int]:
     """`split-influence`: attention and MLP of a layer are scored apart, each weighing what its sites' parameters do.
 
@@ -69,22 +63,19 @@ def block_ranks(
     sizes = torch.zeros(len(blocks), dtype=torch.float64)
     for item in own:
         sizes[places[item.id]] += item.removed(0)
-    ratios = entropic_ratios(torch.tensor(scores), ratio, TEMPERATURE, weights=sizes)
+    ratios = entropic_ratios(torch.tensor(scores), target.ratio, TEMPERATURE, weights=sizes)
     moved = [replace(item, layer=places[item.id]) for item in own]
-    return ranks_for_ratios(moved, dict(enumerate(ratios.tolist())), total, ratio, of, tolerance=tolerance)
+    return ranks_for_ratios(moved, dict(enumerate(ratios.tolist())), target)
 
 
 def outlier_ranks(
     items: Sequence[Item],
     shares: Tensor,
-    total: int,
-    ratio: float,
-    of: str = PARAMETERS,
-    tolerance: float = TOLERANCE,
+    target: Target,
 ) -> dict[str, int]:
     """`owl`: layers with more outliers keep more."""
-    ratios = outlier_ratios(shares, ratio)
-    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), total, ratio, of, tolerance=tolerance)
+    ratios = outlier_ratios(shares, target.ratio)
+    return ranks_for_ratios(items, dict(enumerate(ratios.tolist())), target)
 
 
 def curve_ranks(
@@ -92,10 +83,7 @@ def curve_ranks(
     solvers: Mapping[str, Solver],
     measured: Mapping[str, Mapping[int, float]],
     measure: Callable[[Mapping[str, int]], Mapping[str, float]],
-    total: int,
-    ratio: float,
-    of: str = PARAMETERS,
-    tolerance: float = TOLERANCE,
+    target: Target,
 ) -> dict[str, int]:
     """Ranks that minimise the summed KL divergence that the sites' errors are expected to cause.
 
@@ -105,7 +93,7 @@ def curve_ranks(
     known = {item.id: dict(measured[item.id]) for item in items}
     for last in (*[False] * ROUNDS, True):
         costs = {site: expected_divergences(solvers[site].errors, own) for site, own in known.items()}
-        ranks = allocate_by_curves(items, costs, total, ratio, of, tolerance=tolerance)
+        ranks = allocate_by_curves(items, costs, target)
         doubtful = {
             site: ranks[site] for site, own in known.items() if not is_told(solvers[site].errors, own, ranks[site])
         }

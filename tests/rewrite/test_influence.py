@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PhiConfig
 
 import modegpt_graph as mg
+from modegpt_graph.allocate.budget import Target
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.evaluate import kl_divergence
 from modegpt_graph.match.decoder import decoder_layers
@@ -159,7 +160,9 @@ def test_a_site_that_costs_more_keeps_more() -> None:
     solvers = {item.id: Straight(item.full_rank) for item in items}
     measured = {item.id: {item.full_rank // 2: weight} for item, weight in zip(items, (4.0, 1.0), strict=True)}
     total = sum(item.removed(0) for item in items)
-    ranks = curve_ranks(items, solvers, measured, lambda doubtful: pytest.fail(f"{doubtful} are told"), total, 0.4)
+    ranks = curve_ranks(
+        items, solvers, measured, lambda doubtful: pytest.fail(f"{doubtful} are told"), Target(total, 0.4)
+    )
     lost = [1 - ranks[item.id] / item.full_rank for item in items]
     # The optimum of Σ w·x² under Σ x = const has w·x equal everywhere.
     assert lost[1] == pytest.approx(4 * lost[0], abs=2 / items[0].full_rank * 4)

@@ -76,8 +76,7 @@ def _touching_vocabulary(trace: Trace) -> set[str]:
 
 
 def common_path(parameters: Iterable[str]) -> str:
-    """Path of the smallest module that holds the modules of all these parameters, or holds them itself."""
+    """Path of the smallest module in which all these parameters are; above the one that has nothing but one of them."""
     names = [parameter.split(".") for parameter in dict.fromkeys(parameters)]
-    together = len(names) > 1 and len({tuple(name[:-1]) for name in names}) == 1
-    owners = [name[:-1] if together else name[:-2] for name in names]
+    owners = [name[:-1] if len(names) > 1 else name[:-2] for name in names]
     return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*owners, strict=False)))

@@ -56,8 +56,8 @@ def recalibrate(
         try:
             for _ in wanted:
                 paths = {one.advance() for pair in passes for one in pair}
-                if len(paths) != 1:
-                    return  # passes that take different ways through the model cannot be compared
+                if len(paths) != 1 or any("stream" not in one.state for pair in passes for one in pair):
+                    return  # passes that take different ways, or call no layers any more, cannot be compared
                 (path,) = paths
                 entry = entries[path]
                 _fit(

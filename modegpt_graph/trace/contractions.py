@@ -26,14 +26,16 @@ class _Term:
 
 
 def spell_einsums(graph: fx.Graph) -> None:
-    """Replace every `einsum` that has such a form by it. The graph is changed.
+    """Replace every `einsum` that has such a form by it, and products that broadcast a value over heads' matrices.
+
+    The graph is changed.
 
     Left as they are: those that take a diagonal (a letter twice in one operand).
     """
     for node in list(graph.nodes):
-        if operation(node) in ("einsum", "tensordot"):
-            equation, operands = _tensordot(node) if operation(node) == "tensordot" else arguments(node)[:2]
-            terms, wanted = _parse(equation, operands)
+        said = _einsum(graph, node)
+        if said is not None:
+            terms, wanted = _parse(*said)
             if terms is not None:
                 with graph.inserting_before(node):
                     result = _Speller(graph, node, wanted).contracted(terms)
@@ -66,9 +68,23 @@ def add_biases_first(graph: fx.Graph) -> None:
             graph.erase_node(spread)
 
 
-def _tensordot(node: fx.Node) -> tuple[str, list[fx.Node]]:
-    """The same as an `einsum`."""
-    left, right, ours, theirs = arguments(node)[:4]
+def _einsum(graph: fx.Graph, node: fx.Node) -> tuple[str, Sequence[fx.Node]] | None:
+    """Equation and operands of a contraction; None for what is none, and for a product of two matrices."""
+    if operation(node) == "einsum":
+        equation, operands = arguments(node)[:2]
+        return equation, operands
+    if operation(node) == "tensordot":
+        return _tensordot(*arguments(node)[:4])
+    if operation(node) == "matmul":
+        left, right = arguments(node)[:2]
+        sizes = left.meta["val"].shape
+        if len(sizes) > 3 and isinstance(sizes[-3], int) and sizes[-3] == 1 and right.meta["val"].ndim == 3:
+            with graph.inserting_before(node):
+                return "...td,hde->...hte", [call_like(graph, node, aten.squeeze.dim, left, -3), right]
+    return None
+
+
+def _tensordot(left: fx.Node, right: fx.Node, ours: Sequence[int], theirs: Sequence[int]) -> tuple[str, list[fx.Node]]:
     letters = iter("abcdefghijklmnopqrstuvwxyz")
     first = [next(letters) for _ in left.meta["val"].shape]
     second = [next(letters) for _ in right.meta["val"].shape]

@@ -42,9 +42,7 @@ def test_all_of_it_is_found_and_a_shuffled_rewrite_changes_nothing(style: str) -
     assert proof.max_relative_error < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "style", [style for style in EXPECTED if style not in ("einsum", "no softmax", "talking heads")]
-)
+@pytest.mark.parametrize("style", EXPECTED)
 def test_what_is_saved_is_what_was_compressed(style: str, tmp_path: Path) -> None:
     model, example_inputs = styles.decoder(style)
     tokens = torch.randint(styles.VOCABULARY, (6, 12), generator=torch.Generator().manual_seed(0))

@@ -1,5 +1,6 @@
 """What calibration collects at a site: Gram matrices, summed over tokens as they stream by."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -169,7 +170,7 @@ class ScoreCollector:
         """Heads of an operand, without the batch that may be folded into the same axis."""
         node = self.nodes[name]
         shape = shape_of(node)
-        return shape[-3] if len(shape) == 4 else shape[0] // BATCH
+        return math.prod(shape[1:-2]) if len(shape) > 3 else shape[0] // BATCH
 
     def statistics(self, site: str) -> ScoreStatistics:
         """The sums so far. Raises OverflowedActivations where they are not finite, ModegptError where nothing came."""
@@ -196,9 +197,8 @@ def _fibres_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:
     labels = footprint.flow.labels[node]
     assert isinstance(labels, Tensor)
     labels = labels.transpose(-1, -2) if turned else labels
-    if labels.ndim == 3:
-        labels = labels.reshape(BATCH, -1, *labels.shape[1:])
-    return footprint.flow.classes.of(labels[0, :, 0])
+    own = labels.reshape(labels.shape[0] if labels.ndim > 3 else BATCH, -1, *labels.shape[-2:])[0]  # (H, S, d)
+    return footprint.flow.classes.of(own.amax(1))  # the same at all positions, but for those that are padding
 
 
 def _columns_of(node: fx.Node, footprint: Footprint, *, turned: bool) -> Tensor:

@@ -85,6 +85,8 @@ def _not_one_matrix(graph: Graph, parameter: str) -> str:
     if all(effect(node) in ELEMENTWISE for node in readers):
         return f"it is no matrix of a linear map: its values are used one by one, by {names}"
     if any(operation(node) in _CONVOLUTIONS for node in readers):
+        if set(shape[2:]) == {1}:
+            return f"it is the kernel of a convolution of one position ({names}): as a linear layer it would be found"
         return f"it is the kernel of a convolution over positions ({names}), which no pattern reaches through"
     if len(shape) > 2 and {operation(user) for user in _placeholder(graph, parameter).users} <= _TAKES_ONE:
         return (

@@ -184,6 +184,10 @@ def test_fused_and_grouped_heads_whose_features_are_not_free(
     [
         ("scaled", "the matrix that is multiplied is computed from it on every call, by `mul`"),
         ("stacked", "it holds 2 times 48×32 values in one tensor, and each is taken alone, to `linear`"),
+        (
+            "convolution",
+            "it is the kernel of a convolution of one position (`conv1d`): as a linear",
+        ),
         ("added", "expected the matrix `up`, found `add` in `blocks.0.inner` (hard_refusals.py:"),
     ],
 )

@@ -25,6 +25,7 @@ from modegpt_graph.flow.elements import (
     shape_of,
     varying_axes,
 )
+from modegpt_graph.flow.written import WRITES_TO_PLACES, writes_alike
 from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
 
 Labels = Tensor | tuple[Tensor, ...]
@@ -116,7 +117,9 @@ def run_move(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = None, 
     return run_on_labels(node, labels, args, kwargs)
 
 
-def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
+def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | None:
+    if operation(node) in WRITES_TO_PLACES and not writes_alike(node, flow.labels):
+        return _unknown(node, operands, flow)
     return run_move(node, flow.labels)
 
 

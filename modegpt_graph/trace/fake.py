@@ -105,6 +105,19 @@ def kept_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return found
 
 
+def held_tensors(module: nn.Module) -> dict[str, tuple[dict[str, Any], str, Tensor]]:
+    """Path → (the dictionary that holds it, its name in there, the tensor), for all tensors of a module's parts but
+    parameters; the name of one in a list or dictionary of its own is that of the attribute."""
+    found = {}
+    for path, part in module.named_modules():
+        for store in (part._buffers, vars(part)):
+            for name, value in store.items():
+                if name not in _REGISTRIES:
+                    for inner, tensor in _tensors(value):
+                        found[".".join(filter(None, [path, name, *inner]))] = store, name, tensor
+    return found
+
+
 def _tensors(value: Any, inner: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Tensors in a value or in its lists and tuples, with their places in these."""
     if isinstance(value, Tensor):

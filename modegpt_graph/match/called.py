@@ -6,7 +6,8 @@ from contextlib import suppress
 from torch import nn
 
 from modegpt_graph.match.forks import Pair
-from modegpt_graph.trace.calls import SIZES, Call, record_calls
+from modegpt_graph.trace.calls import SIZES, Call
+from modegpt_graph.trace.numbers import record_calls_with_numbers
 
 
 class Calls:
@@ -17,7 +18,9 @@ class Calls:
 
     def __init__(self, skeleton: nn.Module, paths: tuple[str, ...], example_inputs: tuple | None) -> None:
         self._skeleton, self._paths, self._example_inputs = skeleton, paths, example_inputs
-        self._known: dict[Pair, Mapping[str, Call]] = {SIZES: record_calls(skeleton, paths, example_inputs)}
+        self._known: dict[Pair, Mapping[str, Call]] = {
+            SIZES: record_calls_with_numbers(skeleton, paths, example_inputs)
+        }
 
     def at(self, pair: Pair) -> Mapping[str, Call]:
         """Module → how it is called; nothing where the model does not run at these sizes."""
@@ -25,6 +28,6 @@ class Calls:
             known: Mapping[str, Call] = {}
             if self._example_inputs is not None:
                 with suppress(Exception):  # the model's own code may say no to any size in any way
-                    known = record_calls(self._skeleton, self._paths, self._example_inputs, pair)
+                    known = record_calls_with_numbers(self._skeleton, self._paths, self._example_inputs, pair)
             self._known[pair] = known
         return self._known[pair]

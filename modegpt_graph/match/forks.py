@@ -75,15 +75,21 @@ class _Finder:
 
     def _seen(self) -> Iterator[_At]:
         yield _At(SIZES, self._main.call)
-        yield from (_At(SIZES, other) for other in self._main.call.others)
+        yield from (_At(SIZES, other) for other in (*self._main.call.others, *self._main.call.also))
         pairs = [ONE_TOKEN, ONE_SEQUENCE, MANY_TOKENS]
+        if self._main.branches:
+            for _, index in self._main.call.numbers():
+                smallest, largest = range_of(self._main, index, 0)
+                pairs += [_numbers(smallest - 1)] if smallest > 2 else []
+                pairs += [_numbers(largest + 1)] if largest else []
         if self._main.branches and self._axes.tokens is not None:
             smallest, largest = range_of(self._main, *self._axes.tokens)
             pairs += [_tokens(smallest - 1, 2)] if smallest > 3 else []
             pairs += [_tokens(largest + 1, largest + 3), _tokens(3 * largest, 3 * largest + 1)] if largest else []
         for pair in pairs:
             call = self._called(pair)
-            yield from () if call is None else (_At(pair, one) for one in (call, *call.others))
+            also = call.also if call is not None and pair == ONE_TOKEN else ()
+            yield from () if call is None else (_At(pair, one) for one in (call, *call.others, *also))
 
     def _differing(self, call: Call) -> list[str]:
         """Names of the arguments that are not of the kind that the traced call has."""
@@ -117,9 +123,9 @@ class _Finder:
     def _by_size(self, traced: Trace, first: _At, rest: Sequence[_At]) -> Iterator[tuple[str, Trace]]:
         """Ways that differ from `traced` in nothing but the sizes of the call."""
         ways: list[tuple[str, Trace]] = []
-        if not traced.branches:
-            return
         for at in rest:
+            if not traced.branches and _special_number(at.call) is None:
+                continue
             fixed = self._traced(_with_fixed_sizes(at.call))
             said = self._size_condition(traced, first, at)
             way = next((trace for condition, trace in ways if condition == said), traced)
@@ -135,6 +141,9 @@ class _Finder:
 
     def _size_condition(self, traced: Trace, first: _At, at: _At) -> str | None:
         """What tells the sizes of a call from those that were traced first."""
+        special = _special_number(at.call)
+        if special is not None:
+            return special
         tokens, batch = at.sizes[0].tokens, at.sizes[0].batch
         if tokens == 1 and self._axes.tokens is not None and first.sizes[0].tokens != 1:
             return f"{self._size(self._axes.tokens)} == 1"
@@ -175,6 +184,19 @@ def _axes(call: Call) -> _Axes:
         return next((one for one in places if call.tensors[one[0]].shape[one[1]] == size), None)
 
     return _Axes(place(first.tokens), place(first.batch))
+
+
+def _special_number(call: Call) -> str | None:
+    """What tells a call with a number that is not any; None where there is none, or it has no name of its own."""
+    special = [(path, index) for path, index in call.numbers() if not call.dynamic[index]]
+    if not special or any(len(path) > 1 or path[0] in call.extra or path[0].startswith("*") for path, _ in special):
+        return None
+    return " and ".join(f"{path[0]} == {call.tensors[index].shape[0]}" for path, index in special)
+
+
+def _numbers(number: int) -> Pair:
+    """Sizes at which the model is given this number, and another one."""
+    return replace(SIZES[0], cached=number), replace(SIZES[1], cached=number + 1)
 
 
 def _tokens(first: int, second: int) -> Pair:

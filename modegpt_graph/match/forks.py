@@ -132,9 +132,9 @@ class _Finder:
             if does_the_same(way, fixed):
                 continue
             if said is None or way is not traced:
-                raise ModegptError(
-                    f"what it does at other sizes cannot be told from its trace ({', '.join(traced.branches)})"
-                )
+                where = "where " + said if said is not None and not traced.branches else "at other sizes"
+                asked = f" ({', '.join(traced.branches)})" if traced.branches else ""
+                raise ModegptError(f"what it does {where} cannot be told from its trace{asked}")
             ways.append((said, self._traced(at.call)))
             _refuse_fixed(ways[-1][1])
         yield from ways
@@ -187,11 +187,13 @@ def _axes(call: Call) -> _Axes:
 
 
 def _special_number(call: Call) -> str | None:
-    """What tells a call with a number that is not any; None where there is none, or it has no name of its own."""
+    """What tells a call whose numbers are not any; None where they are, or have no names of their own."""
     special = [(path, index) for path, index in call.numbers() if not call.dynamic[index]]
-    if not special or any(len(path) > 1 or path[0] in call.extra or path[0].startswith("*") for path, _ in special):
+    names = [name for (name, *rest), _ in special if not rest and name not in call.extra and name[0] != "*"]
+    if not special or len(names) != len(special):
         return None
-    return " and ".join(f"{path[0]} == {call.tensors[index].shape[0]}" for path, index in special)
+    sizes = (call.tensors[index].shape[0] for _, index in special)
+    return " and ".join(f"{name} == {size}" for name, size in zip(names, sizes, strict=True))
 
 
 def _numbers(number: int) -> Pair:

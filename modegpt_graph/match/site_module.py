@@ -98,6 +98,20 @@ def kept_of(one: SiteModule) -> dict[str, tuple[fx.Node, Tensor]]:
     return {one.trace.state[node.name]: (node, labels) for node, labels in found.items()}
 
 
+def keeps_otherwise(one: SiteModule, other: SiteModule) -> list[str]:
+    """Paths of what keeps features on one way through a module, and on another reads or keeps others."""
+    first, second = kept_of(one), kept_of(other)
+    read = {
+        other.trace.state[node.name]
+        for node in other.trace.graph.nodes
+        if node.name in other.trace.state and node.users
+    }
+    alike = one.offsets == other.offsets
+    found = [path for path, (_, labels) in first.items() if path in second and not torch.equal(labels, second[path][1])]
+    found += [path for path in first if path in read and (path not in second or not alike)]
+    return [*found, *(path for path in second if path not in first)]
+
+
 def labels_of(one: SiteModule, placed: Placed) -> dict[str, Tensor]:
     """Selected role → (G, g, d) labels of its rows, in the labels of the whole module."""
     producers = placed.footprint.outline.producers

@@ -101,11 +101,14 @@ def accepted_keywords(module: nn.Module) -> frozenset[str]:
 
 
 def is_leaf(value: object) -> bool:
+    """Whether a value among arguments is one, whatever it consists of."""
     return isinstance(value, (Slot, SizeSlot, CacheSlot)) or is_cache(value)
 
 
 @dataclass
 class Seen:
+    """The arguments of one call, as they were."""
+
     arguments: dict[str, Any]
     extra: tuple[str, ...]
     tensors: list[Tensor]
@@ -315,7 +318,8 @@ def _may_be_given_more(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
 def runs_of(
     skeleton: nn.Module, modules: Mapping[str, nn.Module], sizes: Sequence[Sizes], inputs: Sequence[tuple | None]
 ) -> tuple[list[dict[str, list[Seen]]], str | None]:
-    """One run of each size, with the example inputs of each; why they had no cache, where the model takes one and could not be run with it.
+    """One run of each size, with its example inputs; why they had no cache, where the model takes one and could not be
+    run with it.
 
     Modules that have nothing to do with the cache are called alike without it.
     """

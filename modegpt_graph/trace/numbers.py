@@ -12,8 +12,18 @@ from dataclasses import replace
 import torch.utils._pytree as pytree
 from torch import nn
 
-from modegpt_graph.trace.calls import SIZES, Call, Seen, Sizes, call_of, constants_of, is_leaf, plain, record_calls
-from modegpt_graph.trace.calls import runs_of as _runs_of
+from modegpt_graph.trace.calls import (
+    SIZES,
+    Call,
+    Seen,
+    Sizes,
+    call_of,
+    constants_of,
+    is_leaf,
+    plain,
+    record_calls,
+    runs_of,
+)
 
 _OTHERS = ((4, 11), (3, 6))  # tried in order: a cache may be too short for the first
 _SMALL = 1  # less than what a symbol is taken for
@@ -32,18 +42,23 @@ def record_calls_with_numbers(
     if example_inputs is None:
         return calls
     modules = {name: skeleton.get_submodule(name) for name, call in calls.items() if not call.others}
-    wanted = (sizes[0].cached, sizes[1].cached)
+    wanted, first = ((pair[0].cached, pair[1].cached) for pair in (sizes, SIZES))
     for place, usual in _numbers_of(skeleton, example_inputs):
 
         def runs(numbers: tuple[int, int], place: int = place) -> Runs:
-            return _runs_of(skeleton, modules, sizes, [_given(skeleton, example_inputs, place, n) for n in numbers])[0]
+            return runs_of(skeleton, modules, sizes, [_given(skeleton, example_inputs, place, n) for n in numbers])[0]
 
-        for others in (wanted,) if all(wanted) and sizes != SIZES else _OTHERS:
+        for others in (wanted,) if all(wanted) and wanted != first else _OTHERS:
             with suppress(Exception):  # the model's own code may say no to any number in any way
                 found, special = runs(others), [runs((number, number)) for number in dict.fromkeys((usual, _SMALL))]
                 calls |= {name: one for name in modules if (one := _merged(name, found, special, sizes)) is not None}
                 break
     return calls
+
+
+def with_other_numbers(model: nn.Module, example_inputs: tuple) -> list[tuple]:
+    """The example, with another number in the place of each."""
+    return [_given(model, example_inputs, place, _OTHERS[0][0]) for place, _ in _numbers_of(model, example_inputs)]
 
 
 def _numbers_of(model: nn.Module, example_inputs: tuple) -> Iterator[tuple[int, int]]:
@@ -84,7 +99,7 @@ def _merged(name: str, found: Runs, special: Sequence[Runs], sizes: tuple[Sizes,
             return None
     if not places and [t.shape for t in first.tensors] == [t.shape for t in usual.tensors]:
         return None
-    main, *also = (call_of(*(run[name][0] for run in runs), sizes, places) for runs in (found, *special))
+    main, *also = (call_of(runs[0][name][0], runs[1][name][0], sizes, places) for runs in (found, *special))
     if any(call.obstacle is not None for call in (main, *also)):
         return None
     return replace(main, only_as_seen=True, also=tuple(replace(one, only_as_seen=True) for one in also))

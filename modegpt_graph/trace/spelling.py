@@ -83,6 +83,8 @@ def merge_equal(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node):
             continue
+        if operation(node) == "slice" and len(node.args) > 2 and node.args[2] is None:
+            node.args = (*node.args[:2], 0, *node.args[3:])
         leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
         if any(isinstance(leaf, (torch.SymInt, torch.Tensor)) for leaf in leaves):
             continue

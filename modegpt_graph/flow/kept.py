@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from modegpt_graph.flow.elements import shape_of
+from modegpt_graph.flow.elements import PADDING, shape_of
 from modegpt_graph.flow.labels import Flow, Labels, follow
 from modegpt_graph.flow.layout import LayoutError
 from modegpt_graph.trace.operations import arguments
@@ -84,7 +84,8 @@ def _ends(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _everywhere(labels: Tensor, unknown: int, kept: fx.Node) -> Tensor:
-    """Labels of what is kept, from those that one call wrote into a part of it."""
+    """Labels of what is kept, from those that one call wrote into a part of it. Zeros stand for any feature."""
+    labels = labels.masked_fill(labels == PADDING, unknown)
     for axis in range(labels.ndim):
         known = labels.masked_fill(labels == unknown, -1 - unknown)  # less than any other label
         one = known.amax(axis, keepdim=True)
@@ -103,4 +104,4 @@ def _meets(labels: Labels, unknown: int, count: int) -> bool:
 
 
 def _agree(after: object, before: Tensor) -> bool:
-    return isinstance(after, Tensor) and torch.equal(after.clamp(min=-1), before.clamp(min=-1))
+    return isinstance(after, Tensor) and bool(((after == before) | (after == PADDING)).all())

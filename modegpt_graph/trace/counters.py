@@ -6,7 +6,7 @@ A table that is made on the first call is the same after the second; a position 
 from contextlib import suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.trace.calls import SIZES, runs_of
@@ -17,29 +17,32 @@ from modegpt_graph.trace.numbers import with_other_numbers
 def counted(skeleton: nn.Module, example_inputs: tuple) -> tuple[str, ...]:
     """Paths of the attributes of a model (on the meta device) that a second call leaves with other values than a first.
 
-    Where there can be no second call, those that the first changed.
+    The second call is the first again, or goes on after its last token. Where there can be no second call, those that
+    the first changed.
     """
-    twice = _Twice(skeleton)
-    for given in (example_inputs, *with_other_numbers(skeleton, example_inputs)):
+    changed: dict[str, None] = {}
+    for second in (example_inputs, *with_other_numbers(skeleton, example_inputs, SIZES[0].tokens)):
+        twice = _Twice(skeleton, second)
         with suppress(ModegptError):  # what cannot be run counts nothing
-            runs_of(twice, {}, SIZES[:1], [given])
-    return tuple(twice.changed)
+            runs_of(twice, {}, SIZES[:1], [example_inputs])
+        changed |= twice.changed
+    return tuple(changed)
 
 
 class _Twice(nn.Module):
-    """Calls a model twice, and says what the second call changed."""
+    """Calls a model twice, and says what the second call changed. second: its example inputs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, second: tuple) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.second = model, second
         self.changed: dict[str, None] = {}
 
-    def forward(self, *inputs: Any) -> None:
+    def forward(self, tokens: Tensor, *rest: Any) -> None:
         before = _values(self.model)
-        self.model(*inputs)
+        self.model(tokens, *rest)
         first = _values(self.model)
         try:
-            self.model(*inputs)
+            self.model(tokens, *self.second[1:])
         except Exception:  # a model's own code may say no to what it is given in any way
             second = before
         else:

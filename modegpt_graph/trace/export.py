@@ -202,6 +202,7 @@ def _writes_in_place(graph: fx.Graph) -> bool:
             not node.users
             or node.all_input_nodes[0].users.keys() - {node}
             or effect(node.all_input_nodes[0]) is Effect.MOVE
+            or node.all_input_nodes[0].op == "placeholder"  # of a buffer: later calls read it
         )
         for node, schema in schemas
     )

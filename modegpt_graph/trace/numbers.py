@@ -56,9 +56,9 @@ def record_calls_with_numbers(
     return calls
 
 
-def with_other_numbers(model: nn.Module, example_inputs: tuple) -> list[tuple]:
-    """The example, with another number in the place of each."""
-    return [_given(model, example_inputs, place, _OTHERS[0][0]) for place, _ in _numbers_of(model, example_inputs)]
+def with_other_numbers(model: nn.Module, example_inputs: tuple, more: int) -> list[tuple]:
+    """The example, with a number in the place of each that is so much more."""
+    return [_given(model, example_inputs, place, number + more) for place, number in _numbers_of(model, example_inputs)]
 
 
 def _numbers_of(model: nn.Module, example_inputs: tuple) -> Iterator[tuple[int, int]]:

@@ -122,28 +122,29 @@ class _Finder:
 
     def _by_size(self, traced: Trace, first: _At, rest: Sequence[_At]) -> Iterator[tuple[str, Trace]]:
         """Ways that differ from `traced` in nothing but the sizes of the call."""
-        ways: list[tuple[str, Trace]] = []
+        ways: list[tuple[tuple[str, ...], Trace]] = []
         for at in rest:
-            if not traced.branches and _special_number(at.call) is None:
+            number = _special_number(at.call)
+            if not traced.branches and number is None:
                 continue
             fixed = self._traced(_with_fixed_sizes(at.call))
-            said = self._size_condition(traced, first, at)
-            way = next((trace for condition, trace in ways if condition == said), traced)
+            size = self._size_condition(traced, first, at)
+            said = tuple(one for one in (number, size) if one is not None)
+            # What such a call meets, of the ways so far: the most special comes first in the written method, too.
+            met = sorted((way for way in ways if set(way[0]) <= set(said)), key=lambda way: -len(way[0]))
+            own, way = met[0] if met else ((), traced)
             if does_the_same(way, fixed):
                 continue
-            if said is None or way is not traced:
-                where = "where " + said if said is not None and not traced.branches else "at other sizes"
+            if not said or own == said:
+                where = f"where {' and '.join(said)}" if said and not traced.branches else "at other sizes"
                 asked = f" ({', '.join(traced.branches)})" if traced.branches else ""
                 raise ModegptError(f"what it does {where} cannot be told from its trace{asked}")
             ways.append((said, self._traced(at.call)))
             _refuse_fixed(ways[-1][1])
-        yield from ways
+        yield from ((" and ".join(said), way) for said, way in ways)
 
     def _size_condition(self, traced: Trace, first: _At, at: _At) -> str | None:
         """What tells the sizes of a call from those that were traced first."""
-        special = _special_number(at.call)
-        if special is not None:
-            return special
         tokens, batch = at.sizes[0].tokens, at.sizes[0].batch
         if tokens == 1 and self._axes.tokens is not None and first.sizes[0].tokens != 1:
             return f"{self._size(self._axes.tokens)} == 1"

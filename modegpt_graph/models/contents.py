@@ -7,7 +7,7 @@ from modegpt_graph.models.forward import can_generate
 
 
 class Contents:
-    """The buffers and plain tensors of a model's parts, as they are now. A model of the library keeps none of its own."""
+    """Buffers and plain tensors of a model's parts, as they are now. A model of the library keeps none of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         held: dict[int, Tensor] = {}

@@ -20,6 +20,7 @@ from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.prepare import Surveyed, read_patterns, survey_model
 from modegpt_graph.match.sites import Analysis, Site, Unmatched
 from modegpt_graph.models import ModelSource
+from modegpt_graph.models.contents import Contents
 from modegpt_graph.progress import Clock, NullProgress, Progress
 from modegpt_graph.report.approximation import approximation_said
 from modegpt_graph.report.measure import Built, measure
@@ -110,6 +111,7 @@ class Prepared:
     recalibrates: bool
     clock: Clock
     progress: Progress
+    contents: Contents  # of the dense model, before anything was run through it
 
     def at(self, ratio: float, allocator: str | None = None, budget: str = "parameters") -> Result:
         """The model without `ratio` of what `budget` counts. allocator: the preset's own where None.
@@ -134,11 +136,14 @@ class Prepared:
         with clock("solve"), progress.stage("solve"):
             first = decomposed.solutions(ranks)
         with clock("rewrite"), progress.stage("rewrite"):
+            self.contents.restore()
             smaller, rewritten = decomposed.model(first)
+        contents = Contents(smaller)
         solutions: Mapping[str, Solution] = first
         if self.recalibrates:
             with clock("recalibrate"):
                 solutions = decomposed.recalibrated(smaller, first)
+        contents.restore()
         return Built(smaller, rewritten, first, solutions)
 
     def result(
@@ -158,6 +163,7 @@ class Prepared:
         clock, progress = Clock(self.clock.seconds), self.progress
         built = built or self.build(ranks, clock)
         smaller, solutions = built.model, built.solutions
+        contents = Contents(smaller)
         with clock("measure"):
             outcome = measure(
                 decomposed,
@@ -184,6 +190,8 @@ class Prepared:
             with clock("compare"), progress.stage("compare with exact norms"):
                 said = self._approximation(ratio, allocator, budget, solutions, outcome.kl)
             outcome = replace(outcome, approximation=said)
+        contents.restore()
+        self.contents.restore()
         report = Report(
             self.surveyed.analysis,
             replace(
@@ -254,6 +262,7 @@ def prepare(
     progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
     with clock("load"), progress.stage("load the model"):
         dense, tokenizer = source.load(getattr(torch, dtype)), source.tokenizer()
+        contents = Contents(dense)
     with clock("tokens"), progress.stage("read the calibration text"):
         text, held_out = held_out_windows(
             calibration,
@@ -299,4 +308,6 @@ def prepare(
             progress=progress,
         )
     again = chosen.recalibrates if recalibrate is None else recalibrate
-    return Prepared(source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, again, clock, progress)
+    return Prepared(
+        source, tokenizer, surveyed, decomposed, text, held_out, seed, preset, again, clock, progress, contents
+    )

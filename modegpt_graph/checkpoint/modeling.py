@@ -105,8 +105,11 @@ def modeling_source(model: nn.Module, rewritten: Sequence[RewrittenModule], *, s
     """The text of `modeling_compressed.py`, lines of at most 120 columns.
 
     model: rewritten already.   source: what the user called the original.   written_by: this package and its version.
-    Raises ModegptError where a class that the file builds on cannot be imported.
+    Raises ModegptError where a class that the file builds on cannot be imported, or a module keeps a cache of its own.
     """
+    kept = next((name for one in rewritten for name in one.kept), None)
+    if kept is not None:
+        raise ModegptError(f"`{kept}` is smaller in the compressed model, and the modelling file cannot make it so")
     architecture = type(model).__name__
     imports = _Imports()
     name = compressed_name(architecture)

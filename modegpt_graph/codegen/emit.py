@@ -19,6 +19,7 @@ from modegpt_graph.codegen.gather import gathered
 from modegpt_graph.codegen.guards import guards
 from modegpt_graph.codegen.layout import wrapped
 from modegpt_graph.codegen.signature import LEADING, Signature
+from modegpt_graph.codegen.stores import InPlace, ending, in_place, refuse_returned, statement
 from modegpt_graph.flow.elements import shape_of
 from modegpt_graph.flow.shrink import Edits
 from modegpt_graph.trace.export import Output, Trace
@@ -26,6 +27,7 @@ from modegpt_graph.trace.limits import DtypeLimit
 from modegpt_graph.trace.linear import Linear, find_linears
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall
 from modegpt_graph.trace.operations import Effect, arguments, effect, operation
+from modegpt_graph.trace.stores import stores_of
 
 WIDTH = 96
 _CLASS_INDENT = 4
@@ -68,6 +70,10 @@ class _Writer:
             node: self.edits.arguments.get(node, (node.target, node.args, node.kwargs))
             for node in self.trace.graph.nodes
         }
+        self.stores = stores_of(self.trace.graph)
+        self.in_place = {store: found for store in self.stores if (found := in_place(store)) is not None}
+        self.finals = {found.final: found for found in self.in_place.values()}
+        self.inner = frozenset(node for found in self.in_place.values() for node in found.inner)
         self.signature = Signature(self.trace, [linear.source for linear in self.linears.values()])
 
     def _is_module_call(self, linear: Linear) -> bool:
@@ -79,9 +85,9 @@ class _Writer:
         return plain and linear.experts is None and (path in self.linear_modules or type(owner) is nn.Linear)
 
     def live(self) -> set[fx.Node]:
-        """Nodes that the outputs and the observers need."""
+        """Nodes that the outputs, the observers and later calls need."""
         output = self.trace.graph.output_node()
-        queue: list[fx.Node] = [*output.all_input_nodes, *self.observed.values()]
+        queue: list[fx.Node] = [*output.all_input_nodes, *self.observed.values(), *self.stores]
         seen: set[fx.Node] = set()
         while queue:
             node = queue.pop()
@@ -202,14 +208,20 @@ class _Writer:
                 self._statement(node, uses.get(node, 0), node in watched)
                 for name in watched.get(node, ()):
                     self.lines.append(f"self.observe({name!r}, {self.text[node]})")
-        self.lines.append(f"return {self._returned()}")
+        rest = [arguments(store) for store in self.stores if store not in self.in_place]
+        refuse_returned(self.trace.graph.output_node(), [kept for kept, _ in rest])
+        self.lines += ending(self._returned(), [(self._kept(kept), self.text[value]) for kept, value in rest])
         lines = [*guards(self.trace, self.known), *self.signature.leading_sizes(), *self.lines]
         statements = [self.signature.definition(), *(f"    {line}" for line in lines)]
         body = "\n".join(line for statement in statements for line in wrapped(statement, _CLASS_INDENT))
         return Forward(f"{body}\n", self.imports, self.attributes, self.buffers)
 
     def _statement(self, node: fx.Node, uses: int, watched: bool) -> None:
-        if operation(node) == "attention":
+        if node in self.inner or node in self.stores:
+            return
+        if node in self.finals:
+            self._write_in_place(self.finals[node])
+        elif operation(node) == "attention":
             self._attention(node)
         elif effect(node) is Effect.CACHE:
             self._cache(node)
@@ -320,6 +332,22 @@ class _Writer:
         self.lines.append(f"if {whole} is not None:")
         self.lines.append(f"    key_states, value_states = {cache}.update(key_states, value_states, {layer})")
         self.text[node] = "\0" + ", ".join(names)
+
+    def _nth_argument(self, node: fx.Node, number: int) -> str:
+        return self._argument(node, number, self.arguments[node][1][number])
+
+    def _kept(self, node: fx.Node) -> str:
+        """What is kept, as source."""
+        if node.name not in self.trace.state:
+            raise EmitError(f"it writes into `{self.signature.inputs.get(node.name, node.name)}`, which is not its own")
+        return f"self.{_path(self.trace.state[node.name])}"
+
+    def _write_in_place(self, found: InPlace) -> None:
+        text = self._kept(found.kept)
+        for write in found.writes:
+            self.lines.append(statement(text, write, lambda node: self.arguments[node][1], self._nth_argument))
+        kept, final = (node.meta["val"].dtype for node in (found.kept, found.final))
+        self.text[found.final] = text if kept is final else f"{text}.to({self.write(final, found.final)})"
 
     def _returned(self) -> str:
         (tensors,) = arguments(self.trace.graph.output_node())

@@ -1,7 +1,7 @@
 """What a forward method is called with: its definition, and the expressions that read inputs and sizes from it."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import fx
 
 from modegpt_graph.codegen.expressions import EmitError, literal
 from modegpt_graph.codegen.layout import atom
-from modegpt_graph.trace.calls import CacheSlot
+from modegpt_graph.trace.calls import CacheSlot, Path
 from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.operations import Effect, effect
 
@@ -76,12 +76,16 @@ class Signature:
         return f"def forward({', '.join(parts)}):"
 
     def _input_expressions(self) -> dict[str, str]:
+        return self._said(self.trace.call.inputs())
+
+    def _said(self, places: Iterable[tuple[Path, int]]) -> dict[str, str]:
+        """Placeholder → what stands in the place of its argument, as source. places: (path, index) of each."""
         by_index: dict[int, str] = {}
-        for path, index in self.trace.call.inputs():
+        for path, index in places:
             first, *rest = path
             text = first.lstrip("*") if first not in self.trace.call.extra else f'{self.keywords}["{first}"]'
             by_index[index] = text + "".join(f"[{key!r}]" for key in rest)
-        return {placeholder: by_index[index] for placeholder, index in self.trace.inputs.items()}
+        return {placeholder: by_index[index] for placeholder, index in self.trace.inputs.items() if index in by_index}
 
     def _nodes(self) -> list[fx.Node]:
         return [node for node in self.trace.graph.nodes if node.name in self.inputs]
@@ -99,6 +103,10 @@ class Signature:
             for axis, size in enumerate(node.meta["val"].shape):
                 if isinstance(size, torch.SymInt):
                     found.setdefault(str(size), f"{self.inputs[node.name]}.size({axis})")
+        numbers = self._said(self.trace.call.numbers())
+        for node in self.trace.graph.nodes:
+            if node.name in numbers:
+                found[str(node.meta["val"].shape[0])] = numbers[node.name]
         for axis, name in enumerate(LEADING):
             said = f"{self.main_expression()}.size({axis})"
             if said in found.values() and not set(LEADING) & set(self.parameters):

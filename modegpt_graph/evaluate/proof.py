@@ -71,14 +71,13 @@ def _other_sizes(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     """
     yield tokens
     if not can_generate(model):
-        yield tokens[:1, :1]
-        longer = torch.cat([tokens, tokens.flip(1)], dim=1)
-        try:
-            with torch.no_grad():
-                forward_logits(model, longer)
-        except Exception:  # its own code may say no to a size in any way
-            return
-        yield longer
+        for other in (tokens[:1, :1], torch.cat([tokens, tokens.flip(1)], dim=1)):
+            try:
+                with torch.no_grad():
+                    forward_logits(model, other)
+            except Exception:  # its own code may say no to a size in any way
+                continue
+            yield other
 
 
 def _random_tokens(model: nn.Module, example_inputs: tuple[Any, ...] | None, generator: torch.Generator) -> Tensor:

@@ -25,6 +25,7 @@ from modegpt_graph.flow.elements import (
     shape_of,
     varying_axes,
 )
+from modegpt_graph.flow.written import WRITES_TO_PLACES, writes_alike
 from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, operation
 
 Labels = Tensor | tuple[Tensor, ...]
@@ -113,10 +114,16 @@ def run_move(node: fx.Node, labels: Mapping[fx.Node, Labels], args: Any = None, 
     if operation(node) == "pad" and (len(args) < 3 or args[2] == "constant"):
         filling = PADDING if [*args, None, None][3] in (None, 0) else OTHER
         return run_on_labels(node, labels, (*args[:2], "constant", filling), {})
+    if operation(node) in ("cat", "concat"):  # what has no elements has no features, however many axes it has
+        args = ([part for part in args[0] if 0 not in shape_of(part)] or args[0], *args[1:])
+    if operation(node) == "index_copy" and constant_of(args[2]) is None:  # one place stands for all
+        return run_on_labels(node, labels, (*args[:2], torch.zeros(shape_of(args[2]), dtype=torch.long), args[3]))
     return run_on_labels(node, labels, args, kwargs)
 
 
-def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels:
+def _move(node: fx.Node, operands: Sequence[fx.Node], flow: Flow) -> Labels | None:
+    if operation(node) in WRITES_TO_PLACES and not writes_alike(node, flow.labels):
+        return _unknown(node, operands, flow)
     return run_move(node, flow.labels)
 
 

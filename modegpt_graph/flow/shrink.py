@@ -176,7 +176,7 @@ def _kept_features(region: Sequence[fx.Node], flow: Flow, selection: Selection) 
     """Per product with a matrix, (F,) which of its features stay."""
     kept = {}
     for node, labels in flow.labels.items():
-        if node not in region and isinstance(labels, Tensor):
+        if node not in region and node.op == "call_function" and isinstance(labels, Tensor):
             line = labels.reshape(-1, labels.shape[-1])[0]
             kept[node] = torch.where(line >= 0, selection.keep[line.clamp(min=0)], True)
     return kept

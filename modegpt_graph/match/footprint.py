@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from modegpt_graph.flow.elements import of_one_position, shape_of
+from modegpt_graph.flow.kept import follow_kept
 from modegpt_graph.flow.labels import Flow, Labels, follow, reachable, run_on_labels
 from modegpt_graph.flow.layout import Layout, LayoutError, build_layout, repeated
 from modegpt_graph.match.matcher import Match
 from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.operations import Effect, arguments, data_operands, effect, is_data, operation
+from modegpt_graph.trace.stores import stores_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Outline:
     producers: role → product with the matrix whose rows are selected.   consumers: role → the one that is fitted again.
     operands: nodes whose values are consumed at the end of the region: the inputs of the consumers, or the two operands
     of the scores.   region: the nodes in between, in topological order.
+    stores: those that keep what comes from the producers for later calls; what they read belongs to the region.
     """
 
     graph: Graph
@@ -32,6 +35,7 @@ class Outline:
     operands: tuple[fx.Node, ...]
     end: fx.Node
     region: tuple[fx.Node, ...]
+    stores: tuple[fx.Node, ...] = ()
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -66,7 +70,8 @@ class Outline:
             (str(node.target), str(fx.map_arg(cast(Any, (_telling(node), node.kwargs)), place)), place(node))
             for node in self.region
         )
-        ends = tuple(place(node) for node in (*self.operands, self.end))
+        kept = [operand for node in self.stores for operand in node.all_input_nodes]
+        ends = tuple(place(node) for node in (*self.operands, self.end, *kept))
         named = tuple(
             (name, place(self.graph.traced(key)))
             for name, key in (*self.match.values.items(), *self.match.operations.items())
@@ -135,9 +140,19 @@ def outline(graph: Graph, match: Match) -> Outline:
         end = graph.traced(match.operations["scores"])
         operands = _score_operands(end)
     starts = [linear.node for linear in producers.values()]
-    inside = nodes_between(starts, operands, graph.is_linear)
+    stores = _stores_after(graph, starts, end)
+    kept = [(arguments(node)[0], arguments(node)[1]) for node in stores]
+    begins, ends = [*starts, *(before for before, _ in kept)], [*operands, *(after for _, after in kept)]
+    inside = nodes_between(begins, ends, graph.is_linear) - set(begins)
     region = sorted((node for node in inside if is_data(node) and not graph.is_linear(node)), key=graph.place)
-    return Outline(graph, match, producers, consumers, operands, end, tuple(region))
+    return Outline(graph, match, producers, consumers, operands, end, tuple(region), stores)
+
+
+def _stores_after(graph: Graph, starts: Sequence[fx.Node], end: fx.Node) -> tuple[fx.Node, ...]:
+    """Stores of the module's own tensors that what comes from `starts` reaches before it is consumed."""
+    reached = reachable(starts, lambda node: node is end or graph.is_linear(node), forward=True) - {end}
+    own = graph.trace.state
+    return tuple(node for node in stores_of(graph.trace.graph) if node in reached and arguments(node)[0].name in own)
 
 
 def locate(found: Outline, *, approximates: bool = False) -> Footprint:
@@ -171,7 +186,7 @@ def _followed(
     """The flow of the carried labels alone, and the layout that it gives."""
     own = torch.cat(list(carried.values()))
     own_starts = {node: torch.where(torch.isin(s, own), s, -1) for node, s in starts.items()}
-    flow = follow(found.region, own_starts, count, approximates=approximates)
+    flow = follow_kept(found.region, own_starts, count, found.stores, approximates=approximates)
     if not found.consumers:
         _contract(found.end, found.operands, flow)
     carriers = {role: (labels, labels - offsets[found.producers[role].weight]) for role, labels in carried.items()}
@@ -284,6 +299,8 @@ def _refuse_escapes(found: Outline, flow: Flow, layout: Layout) -> None:
     while queue:
         node, _ = queue.pop()
         for user in node.users:
+            if user in found.stores:
+                continue
             if user is found.end and _is_read_beside(user, node, found):
                 _refuse_reader(user, flow.labels.get(node, outside.get(node)), classes, flow)
             if user in inside or user in outside or user in flow.labels or not is_data(user):

@@ -75,15 +75,21 @@ class _Finder:
 
     def _seen(self) -> Iterator[_At]:
         yield _At(SIZES, self._main.call)
-        yield from (_At(SIZES, other) for other in self._main.call.others)
+        yield from (_At(SIZES, other) for other in (*self._main.call.others, *self._main.call.also))
         pairs = [ONE_TOKEN, ONE_SEQUENCE, MANY_TOKENS]
+        if self._main.branches:
+            for _, index in self._main.call.numbers():
+                smallest, largest = range_of(self._main, index, 0)
+                pairs += [_numbers(smallest - 1)] if smallest > 2 else []
+                pairs += [_numbers(largest + 1)] if largest else []
         if self._main.branches and self._axes.tokens is not None:
             smallest, largest = range_of(self._main, *self._axes.tokens)
             pairs += [_tokens(smallest - 1, 2)] if smallest > 3 else []
             pairs += [_tokens(largest + 1, largest + 3), _tokens(3 * largest, 3 * largest + 1)] if largest else []
         for pair in pairs:
             call = self._called(pair)
-            yield from () if call is None else (_At(pair, one) for one in (call, *call.others))
+            also = call.also if call is not None and pair == ONE_TOKEN else ()
+            yield from () if call is None else (_At(pair, one) for one in (call, *call.others, *also))
 
     def _differing(self, call: Call) -> list[str]:
         """Names of the arguments that are not of the kind that the traced call has."""
@@ -116,22 +122,26 @@ class _Finder:
 
     def _by_size(self, traced: Trace, first: _At, rest: Sequence[_At]) -> Iterator[tuple[str, Trace]]:
         """Ways that differ from `traced` in nothing but the sizes of the call."""
-        ways: list[tuple[str, Trace]] = []
-        if not traced.branches:
-            return
+        ways: list[tuple[tuple[str, ...], Trace]] = []
         for at in rest:
+            number = _special_number(at.call)
+            if not traced.branches and number is None:
+                continue
             fixed = self._traced(_with_fixed_sizes(at.call))
-            said = self._size_condition(traced, first, at)
-            way = next((trace for condition, trace in ways if condition == said), traced)
+            size = self._size_condition(traced, first, at)
+            said = tuple(one for one in (number, size) if one is not None)
+            # What such a call meets, of the ways so far: the most special comes first in the written method, too.
+            met = sorted((way for way in ways if set(way[0]) <= set(said)), key=lambda way: -len(way[0]))
+            own, way = met[0] if met else ((), traced)
             if does_the_same(way, fixed):
                 continue
-            if said is None or way is not traced:
-                raise ModegptError(
-                    f"what it does at other sizes cannot be told from its trace ({', '.join(traced.branches)})"
-                )
+            if not said or own == said:
+                where = f"where {' and '.join(said)}" if said and not traced.branches else "at other sizes"
+                asked = f" ({', '.join(traced.branches)})" if traced.branches else ""
+                raise ModegptError(f"what it does {where} cannot be told from its trace{asked}")
             ways.append((said, self._traced(at.call)))
             _refuse_fixed(ways[-1][1])
-        yield from ways
+        yield from ((" and ".join(said), way) for said, way in ways)
 
     def _size_condition(self, traced: Trace, first: _At, at: _At) -> str | None:
         """What tells the sizes of a call from those that were traced first."""
@@ -175,6 +185,21 @@ def _axes(call: Call) -> _Axes:
         return next((one for one in places if call.tensors[one[0]].shape[one[1]] == size), None)
 
     return _Axes(place(first.tokens), place(first.batch))
+
+
+def _special_number(call: Call) -> str | None:
+    """What tells a call whose numbers are not any; None where they are, or have no names of their own."""
+    special = [(path, index) for path, index in call.numbers() if not call.dynamic[index]]
+    names = [name for (name, *rest), _ in special if not rest and name not in call.extra and name[0] != "*"]
+    if not special or len(names) != len(special):
+        return None
+    sizes = (call.tensors[index].shape[0] for _, index in special)
+    return " and ".join(f"{name} == {size}" for name, size in zip(names, sizes, strict=True))
+
+
+def _numbers(number: int) -> Pair:
+    """Sizes at which the model is given this number, and another one."""
+    return replace(SIZES[0], cached=number), replace(SIZES[1], cached=number + 1)
 
 
 def _tokens(first: int, second: int) -> Pair:

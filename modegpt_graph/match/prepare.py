@@ -90,24 +90,35 @@ def survey_model(
     """
     progress = progress or NullProgress()
     with progress.stage("trace the model"):
-        try:
-            skeleton, trace = _traced(source, torch.bfloat16)
-        except TraceError:
-            skeleton, trace = _traced(source, None)
+        skeleton, trace = _first_traced(source)
     with progress.stage("match and certify"):
         found = survey(trace, patterns, source.name, source.architecture, approximate_norm=approximate_norm)
     dtype = dtype_of(source.skeleton())
     return Surveyed(skeleton, trace, found, tuple(patterns), source.example_inputs, approximate_norm, dtype)
 
 
-def _traced(source: ModelSource, dtype: torch.dtype | None) -> tuple[nn.Module, Trace]:
+def _first_traced(source: ModelSource) -> tuple[nn.Module, Trace]:
+    """A model's skeleton and its trace, of one sequence where it takes so few: a cache may be of a fixed batch."""
+    example = 1 if source.example_inputs is None else int(source.example_inputs[0].shape[0])
+    failed: TraceError | None = None
+    for batch in dict.fromkeys((1, example)):
+        for dtype in (torch.bfloat16, None):
+            try:
+                return _traced(source, dtype, batch)
+            except TraceError as error:
+                failed = failed or error if batch == 1 and dtype is None else failed
+    assert failed is not None
+    raise failed
+
+
+def _traced(source: ModelSource, dtype: torch.dtype | None, batch: int) -> tuple[nn.Module, Trace]:
     """A model's skeleton, its real numbers in `dtype` (as they are where None), and its trace."""
     skeleton: Any = source.skeleton()
     if dtype is not None:
         skeleton._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     if source.config is not None:
         skeleton.config._attn_implementation = "eager"
-    return skeleton, export(skeleton, _call(skeleton, source.example_inputs))
+    return skeleton, export(skeleton, _call(skeleton, source.example_inputs, batch))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
@@ -115,8 +126,8 @@ def dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
 
 
-def _call(skeleton: nn.Module, example_inputs: tuple | None):
-    tokens = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
+def _call(skeleton: nn.Module, example_inputs: tuple | None, batch: int):
+    tokens = torch.zeros(batch, TOKENS, dtype=torch.long, device="meta")
     if example_inputs is not None:
         return whole_model_call(tokens, example_inputs[1:])
     return whole_model_call(tokens, keywords={"use_cache": False} if accepts_use_cache(skeleton) else {})

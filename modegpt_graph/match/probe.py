@@ -8,6 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from modegpt_graph.flow.elements import constant_of, hint, shape_of
+from modegpt_graph.flow.kept import kept_in, mixed, selected
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, ShrinkError, origins, select, shrink
 from modegpt_graph.match.footprint import Footprint
@@ -160,6 +161,11 @@ def _run_both(
         origin = labels.reshape(-1, labels.shape[-1])[0]
         wanted = kept.reshape(-1, kept.shape[-1])[0]
         fewer[node] = value[..., _find(origin, wanted, selection)]
+    for node, labels in kept_in(footprint.flow, footprint.outline.stores).items():
+        smaller = edits.labels[node]
+        assert isinstance(smaller, Tensor)
+        value = inputs[node] if mixing is None else _mixed(inputs[node], labels, footprint, mixing)
+        fewer[node] = selected(value, labels, smaller)
     return values, run_region(footprint.outline.region, fewer, edits)
 
 
@@ -173,18 +179,11 @@ def _find(origin: Tensor, wanted: Tensor, selection: Selection) -> Tensor:
 
 
 def _mixed(value: Tensor, labels: Tensor, footprint: Footprint, mixing: Tensor) -> Tensor:
-    """A producer's output with each group's features mixed into the places of the first ones."""
-    value = value.clone()
-    own = labels.reshape(-1, labels.shape[-1])[0]
-    place = {int(label): index for index, label in enumerate(own.tolist()) if label >= 0}
-    count = mixing.shape[-1]
+    """A value with each group's features mixed into the places of the first ones."""
     for members in footprint.members.values():
-        if int(members[0, 0, 0]) not in place:
-            continue
-        columns = torch.tensor([place[int(label)] for label in members.reshape(-1)]).reshape(members.shape)
-        for group in range(members.shape[0]):
-            for head in columns[group]:
-                value[..., head[:count]] = value[..., head] @ mixing[group]
+        for group, heads in enumerate(members):
+            for head in heads:
+                value = mixed(value, labels, head, head[: mixing.shape[-1]], mixing[group])
     return value
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from modegpt_graph.flow.labels import Flow, follow
+from modegpt_graph.flow.kept import follow_kept, kept_in
+from modegpt_graph.flow.labels import Flow
 from modegpt_graph.flow.layout import LayoutError
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
 from modegpt_graph.match.analyse import roles_of
@@ -20,6 +21,7 @@ from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.graph import Graph
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.opaque import CacheCall
+from modegpt_graph.trace.stores import stores_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,26 @@ def projection_module(one: SiteModule, linear: Linear) -> str | None:
     return path if is_whole else None
 
 
+def kept_of(one: SiteModule) -> dict[str, tuple[fx.Node, Tensor]]:
+    """Path of every tensor that keeps features of the sites from call to call → (its node, its labels)."""
+    found = kept_in(one.flow, stores_of(one.trace.graph))
+    return {one.trace.state[node.name]: (node, labels) for node, labels in found.items()}
+
+
+def keeps_otherwise(one: SiteModule, other: SiteModule) -> list[str]:
+    """Paths of what keeps features on one way through a module, and on another reads or keeps others."""
+    first, second = kept_of(one), kept_of(other)
+    read = {
+        other.trace.state[node.name]
+        for node in other.trace.graph.nodes
+        if node.name in other.trace.state and node.users
+    }
+    alike = one.offsets == other.offsets
+    found = [path for path, (_, labels) in first.items() if path in second and not torch.equal(labels, second[path][1])]
+    found += [path for path in first if path in read and (path not in second or not alike)]
+    return [*found, *(path for path in second if path not in first)]
+
+
 def labels_of(one: SiteModule, placed: Placed) -> dict[str, Tensor]:
     """Selected role → (G, g, d) labels of its rows, in the labels of the whole module."""
     producers = placed.footprint.outline.producers
@@ -147,7 +169,9 @@ def assembled(path: str, graph: Graph, placed: Iterable[Placed]) -> SiteModule:
     linears = [linear for use in uses for linear in use.outline.producers.values()]
     starts, offsets, count = starts_of(linears)
     region = sorted({node for use in uses for node in use.outline.region}, key=graph.place)
-    flow = follow(region, starts, count, approximates=any(one.site.is_approximated for one in chosen))
+    stores = tuple(dict.fromkeys(node for use in uses for node in use.outline.stores))
+    nearly = any(one.site.is_approximated for one in chosen)
+    flow = follow_kept(region, starts, count, stores, approximates=nearly)
     producers = {linear.weight: linear for linear in linears}
     return SiteModule(path, graph.trace, graph, chosen, producers, offsets, tuple(region), flow)
 

@@ -17,6 +17,7 @@ from modegpt_graph.match.site_module import (
     find_footprints,
     halved,
     is_written_anew,
+    keeps_otherwise,
     matrices_of,
 )
 from modegpt_graph.trace.calls import Call
@@ -66,6 +67,11 @@ class Ways:
             return one  # its own code goes its own ways
         if not anew and all(halved(fork).empty for _, fork in forks):
             return one
+        other = next((name for _, fork in forks for name in keeps_otherwise(one, fork)), None)
+        if other is not None:
+            raise ModegptError(
+                f"it does not keep the same features in `{other}` on every way that calls take through it"
+            )
         if len(forks) > MOST_FORKS:
             raise ModegptError(f"it is called in {len(forks) + 1} ways, and each would need code of its own")
         return replace(one, forks=forks)
@@ -80,6 +86,8 @@ class Ways:
             if one.site.is_approximated or not same:
                 raise ModegptError(f"where `{condition}`, it does not use the same features in the same way")
             others.append(Placed(one.site, uses[0], tuple(uses[1:])))
+        if graph.trace.call.obstacle is not None:
+            raise ModegptError(graph.trace.call.obstacle)
         return assembled(self._path, graph, others)
 
     def obstacle(self, placed: Iterable[Placed]) -> str | None:

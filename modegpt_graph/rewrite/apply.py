@@ -1,7 +1,7 @@
 """Put decompositions into a model: smaller matrices, and forward methods that fit them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +13,7 @@ from modegpt_graph.flow.layout import Layout
 from modegpt_graph.flow.shrink import Edits, Selection, shrink
 from modegpt_graph.match.probe import selection_of
 from modegpt_graph.match.site_module import Placed, SiteModule, labels_of
+from modegpt_graph.rewrite.kept import resize_kept
 from modegpt_graph.rewrite.solution import Solution, slots, taken
 from modegpt_graph.trace.linear import Linear
 from modegpt_graph.trace.operations import operation
@@ -38,6 +39,7 @@ class RewrittenModule:
     resized: path of the matrix's module within this one → its new shape.
     attends: whether its new forward method computes attention itself, instead of by the library's interface: it was
     traced as eager code, and needs the mask that the model makes for that.
+    kept: path within this one → new shape, for tensors that keep features from call to call.
     """
 
     path: str
@@ -45,6 +47,7 @@ class RewrittenModule:
     forward: Forward | None
     resized: Mapping[str, Resized]
     attends: bool = False
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,6 +105,7 @@ def _rewrite_module(
             edits.factors |= _query_factor(one, p, edits, solutions[p.site.id])
     matrices = _matrices(module, one, placed, solutions, selection, edits)
     converts = not edits.empty or any(not way.empty for way in ways)
+    kept = resize_kept(module, one, placed, solutions, edits)
     resized = dict(_replace(module, copies, converts) for copies in matrices.values())
     if not converts:
         return RewrittenModule(one.path, None, None, resized)
@@ -116,7 +120,8 @@ def _rewrite_module(
     )
     install(module, forward, name)
     mixes = (one.graph.traced(key) for key in one.graph.nodes if one.graph.operation(key) == "mix")
-    return RewrittenModule(one.path, name, forward, resized, any(operation(node) != "attention" for node in mixes))
+    attends = any(operation(node) != "attention" for node in mixes)
+    return RewrittenModule(one.path, name, forward, resized, attends, kept)
 
 
 def _edited(fork: SiteModule, solutions: Mapping[str, Solution]) -> Edits:

@@ -1,7 +1,7 @@
 """How a model calls its modules: the arguments seen when the model runs on the meta device."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,6 +40,7 @@ class Call:
     cache_layers: the layer numbers under which the call updated the cache, in order.
     positional: names of the arguments that were given by position.
     others: the calls in the same run that give it other constants.
+    also: calls with other numbers than the traced ones, where these are `numbers`.
     only_as_seen: whether other constants than these are an error: the code that was traced may have depended on them.
     obstacle: why a trace under this call does not say all that the module does; None where it does.
     """
@@ -53,17 +54,23 @@ class Call:
     cache_layers: tuple[int, ...] = ()
     positional: tuple[str, ...] = ()
     others: tuple["Call", ...] = ()
+    also: tuple["Call", ...] = ()
     only_as_seen: bool = False
     obstacle: str | None = None
 
     def inputs(self) -> list[tuple[Path, int]]:
         """Where each tensor stands among the arguments: (path, index into `tensors`)."""
-        leaves, _ = pytree.tree_flatten_with_path(dict(self.arguments), is_leaf=_is_leaf)
-        return [
-            (tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path), leaf.index)
-            for path, leaf in leaves
-            if isinstance(leaf, Slot)
-        ]
+        return [(path, leaf.index) for path, leaf in self._leaves() if isinstance(leaf, Slot)]
+
+    def numbers(self) -> list[tuple[Path, int]]:
+        """Where each whole number that may be any stands: (path, index of a tensor of that size, which is no input)."""
+        inputs = {index for _, index in self.inputs()}
+        found = [(path, leaf.index) for path, leaf in self._leaves() if isinstance(leaf, SizeSlot)]
+        return [(path, index) for path, index in found if index not in inputs]
+
+    def _leaves(self) -> list[tuple[Path, Any]]:
+        leaves, _ = pytree.tree_flatten_with_path(dict(self.arguments), is_leaf=is_leaf)
+        return [(tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path), leaf) for path, leaf in leaves]
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,15 @@ def accepted_keywords(module: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(module.forward).parameters)
 
 
-def _is_leaf(value: object) -> bool:
+def is_leaf(value: object) -> bool:
+    """Whether a value among arguments is one, whatever it consists of."""
     return isinstance(value, (Slot, SizeSlot, CacheSlot)) or is_cache(value)
 
 
 @dataclass
-class _Seen:
+class Seen:
+    """The arguments of one call, as they were."""
+
     arguments: dict[str, Any]
     extra: tuple[str, ...]
     tensors: list[Tensor]
@@ -128,7 +138,7 @@ def _watched_updates(cache: Any, updated: Callable[[int], None]) -> Iterator[Non
         yield
 
 
-def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
+def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> Seen:
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
     arguments, extra = {}, ()
     for name, value in bound.arguments.items():
@@ -150,12 +160,12 @@ def _recorded(module: nn.Module, args: tuple, kwargs: dict) -> _Seen:
 
     named = [name for name in bound.arguments if not name.startswith("*")][: len(args)]
     positional = tuple(name for name in named if name in arguments)
-    return _Seen(pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors, [], positional)
+    return Seen(pytree.tree_map(slot, arguments, is_leaf=is_cache), extra, tensors, [], positional)
 
 
 def _run(
     model: nn.Module, modules: Mapping[str, nn.Module], sizes: Sizes, example_inputs: tuple | None, keyword: str | None
-) -> dict[str, list[_Seen]]:
+) -> dict[str, list[Seen]]:
     """Arguments of every call of each module, on the meta device, or on a fake CPU where that is not enough."""
     try:
         return _run_once(model, modules, sizes, example_inputs, lambda value: value, keyword)
@@ -180,12 +190,12 @@ def _run_once(
     fake: Callable[[Tensor], Tensor],
     keyword: str | None,
     unused: int = 0,
-) -> dict[str, list[_Seen]]:
+) -> dict[str, list[Seen]]:
     """Arguments of every call of each module; the run has a cache with tokens in it, given under `keyword`.
 
     unused: see `every_branch`.
     """
-    seen: dict[str, list[_Seen]] = {}
+    seen: dict[str, list[Seen]] = {}
     running: list[str] = []
 
     def enter(name: str):
@@ -282,7 +292,7 @@ def record_calls(
     Raises ModegptError where the model cannot be run.
     """
     modules = {name: skeleton.get_submodule(name) for name in names}
-    runs, uncached = _runs(skeleton, modules, sizes, example_inputs)
+    runs, uncached = runs_of(skeleton, modules, sizes, [example_inputs] * len(sizes))
     calls = {}
     for name in modules:
         if not all(name in run for run in runs):
@@ -290,10 +300,10 @@ def record_calls(
         first, second = (run[name] for run in runs)
         distinct: dict[object, Call] = {}
         for one, other in zip(first, second, strict=False):
-            call = replace(_call(one, other, sizes), only_as_seen=example_inputs is not None)
+            call = replace(call_of(one, other, sizes), only_as_seen=example_inputs is not None)
             if uncached is not None and _may_be_given_more(modules[name], call.arguments):
                 call = replace(call, obstacle=f"the model could only be run without its cache ({uncached})")
-            distinct.setdefault(_constants(one), call)
+            distinct.setdefault(constants_of(one), call)
         main, *others = distinct.values()
         calls[name] = replace(main, others=tuple(others))
     return calls
@@ -305,21 +315,22 @@ def _may_be_given_more(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
     return any(one.kind is one.VAR_KEYWORD or arguments.get(one.name) is None for one in parameters)
 
 
-def _runs(
-    skeleton: nn.Module, modules: Mapping[str, nn.Module], sizes: Sequence[Sizes], example_inputs: tuple | None
-) -> tuple[list[dict[str, list[_Seen]]], str | None]:
-    """One run of each size; why they had no cache, where the model takes one and could not be run with it.
+def runs_of(
+    skeleton: nn.Module, modules: Mapping[str, nn.Module], sizes: Sequence[Sizes], inputs: Sequence[tuple | None]
+) -> tuple[list[dict[str, list[Seen]]], str | None]:
+    """One run of each size, with its example inputs; why they had no cache, where the model takes one and could not be
+    run with it.
 
     Modules that have nothing to do with the cache are called alike without it.
     """
-    keyword = cache_keyword(skeleton) if example_inputs is None else None
+    keyword = cache_keyword(skeleton) if inputs[0] is None else None
     reason = None
     for tried in dict.fromkeys((keyword, None)):
         try:
             runs = []
-            for one in sizes:
+            for one, given in zip(sizes, inputs, strict=True):
                 with kept_state(skeleton), quiet(), masks_without_hints():
-                    runs.append(_run(skeleton, modules, one, example_inputs, tried))
+                    runs.append(_run(skeleton, modules, one, given, tried))
             return runs, reason
         except Exception as error:  # a model's own code fails in as many ways as it can be written
             lines = str(error).strip().splitlines()
@@ -327,9 +338,9 @@ def _runs(
     raise ModegptError(f"the model could not be run on the meta device, to see how it calls its modules: {reason}")
 
 
-def _constants(one: _Seen) -> object:
+def constants_of(one: Seen) -> object:
     """What tells calls of one module apart: everything but the values and sizes of tensors."""
-    leaves, structure = pytree.tree_flatten(one.arguments, is_leaf=_is_leaf)
+    leaves, structure = pytree.tree_flatten(one.arguments, is_leaf=is_leaf)
     tensors = tuple((tensor.ndim, tensor.dtype) for tensor in one.tensors)
     return str(structure), tensors, tuple((type(leaf), plain(leaf)) for leaf in leaves)
 
@@ -339,12 +350,12 @@ def plain(leaf: object) -> object:
     return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf).__name__
 
 
-def _call(first: _Seen, second: _Seen, sizes: tuple[Sizes, Sizes]) -> Call:
-    """One call as it was in two runs."""
-    tensors, others = first.tensors, second.tensors
-    leaves, structure = pytree.tree_flatten(first.arguments, is_leaf=_is_leaf)
+def call_of(first: Seen, second: Seen, sizes: tuple[Sizes, Sizes], numbers: Collection[int] = ()) -> Call:
+    """One call as it was in two runs. numbers: places among its arguments of whole numbers that may be any."""
+    tensors, others = list(first.tensors), list(second.tensors)
+    leaves, structure = pytree.tree_flatten(first.arguments, is_leaf=is_leaf)
     obstacle = None
-    if pytree.tree_flatten(second.arguments, is_leaf=_is_leaf)[1] != structure or len(tensors) != len(others):
+    if pytree.tree_flatten(second.arguments, is_leaf=is_leaf)[1] != structure or len(tensors) != len(others):
         obstacle, others = "the model calls it otherwise when there are more tokens", tensors
     dynamic = tuple(
         tuple(axis for axis in range(a.ndim) if a.shape[axis] != b.shape[axis])
@@ -357,8 +368,14 @@ def _call(first: _Seen, second: _Seen, sizes: tuple[Sizes, Sizes]) -> Call:
             for index, own in reversed(list(enumerate(dynamic)))
             for axis in reversed(own)
         }
-        again = pytree.tree_leaves(second.arguments, is_leaf=_is_leaf)
+        again = pytree.tree_leaves(second.arguments, is_leaf=is_leaf)
         for place, (one, other) in enumerate(zip(leaves, again, strict=True)):
+            if place in numbers:
+                size = SizeSlot(len(tensors), 0)
+                tensors.append(torch.empty(one, dtype=torch.long, device="meta"))
+                dynamic += ((0,) if one != other else (),)
+                leaves[place] = size
+                continue
             if (type(one), plain(one)) == (type(other), plain(other)):
                 continue
             size = axes.get((one, other)) if type(one) is int and type(other) is int else None
@@ -368,7 +385,7 @@ def _call(first: _Seen, second: _Seen, sizes: tuple[Sizes, Sizes]) -> Call:
                 leaves[place] = size
         arguments = pytree.tree_unflatten(leaves, structure)
     has_cache = any(isinstance(leaf, CacheSlot) for leaf in leaves)
-    length = _length_axis(dynamic, (tensors, others), sizes)
+    length = _length_axis(dynamic[: len(others)], (tensors, others), sizes)
     return Call(
         arguments,
         first.extra,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from modegpt_graph.trace.fake import fake_cpu, kept_tensors
 from modegpt_graph.trace.filled import join_filled
 from modegpt_graph.trace.grouped import group_experts
 from modegpt_graph.trace.hints import masks_without_hints
+from modegpt_graph.trace.left import drop_self_copies, kept_in_place, take_left
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 from modegpt_graph.trace.operations import Effect, effect
 from modegpt_graph.trace.quiet import quiet
 from modegpt_graph.trace.spelling import merge_equal, spell_out
+from modegpt_graph.trace.stores import drop_copies, name_stores
 
 
 class TraceError(ModegptError):
@@ -89,7 +91,7 @@ class _Called(nn.Module):
         starred = arguments.pop(positional) if positional else ()
         # A method may be wrapped by one that calls its parameters otherwise: what was given by position stays so.
         leading = [arguments.pop(name) for name in call.positional]
-        with every_branch(self.recorder.assume_all, self.unused):
+        with every_branch(self.recorder.assume_all, self.unused), kept_in_place(self.module) as left:
             output = self.module(*leading, *starred, **arguments)
         returned: list[Tensor] = []
 
@@ -102,7 +104,8 @@ class _Called(nn.Module):
         self.recorder.output = pytree.tree_map(
             place, output, is_leaf=lambda x: type(x) in (AttentionWeights, TracedCache)
         )
-        return tuple(returned)
+        self.recorder.left = tuple(left)
+        return *returned, *left.values()
 
 
 def export(module: nn.Module, call: Call) -> Trace:
@@ -120,9 +123,14 @@ def export(module: nn.Module, call: Call) -> Trace:
         ):
             kept = kept_tensors(module)
             recorder, program = with_places_that_are_used(lambda unused: _exported(module, call, fake, unused))
+            drop_self_copies(program.graph)
             if _writes_in_place(program.graph):
                 program = _without_writes(program)
+                name_stores(program)
+                drop_copies(program.graph)
                 join_filled(program.graph)
+            given = program.graph_signature.user_inputs
+            obstacle = call.obstacle or take_left(program.graph, recorder.left, given)
             spell_einsums(program.graph)
             spell_out(program.graph)
             add_biases_first(program.graph)
@@ -149,7 +157,7 @@ def export(module: nn.Module, call: Call) -> Trace:
     for node in program.graph.nodes:
         if node.name in constants:
             node.meta["constant"] = constants[node.name]
-    calls, asked = tuple(recorder.calls), tuple(branches)
+    calls, asked, call = tuple(recorder.calls), tuple(branches), replace(call, obstacle=obstacle)
     return Trace(
         module, call, program.graph, inputs, state, constants, calls, recorder.output, recorder.assumes_all, asked
     )
@@ -195,6 +203,7 @@ def _writes_in_place(graph: fx.Graph) -> bool:
             not node.users
             or node.all_input_nodes[0].users.keys() - {node}
             or effect(node.all_input_nodes[0]) is Effect.MOVE
+            or node.all_input_nodes[0].op == "placeholder"  # of a buffer: later calls read it
         )
         for node, schema in schemas
     )

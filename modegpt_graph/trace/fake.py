@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, optimization_hint
 
-_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
+REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 _NOT_OF_A_MODEL = frozenset({"torch", "builtins", "typing"})
 
 
@@ -52,7 +52,7 @@ def fake_cpu(
 
     with kept_state(module):
         for store in stores:
-            kept = {name: value for name, value in store.items() if name not in _REGISTRIES and any(_tensors(value))}
+            kept = {name: value for name, value in store.items() if name not in REGISTRIES and any(_tensors(value))}
             store.update({name: _mapped(value, fake) for name, value in kept.items()})
         for part in module.modules():  # torch.export takes buffers, and not all that is done with other attributes
             own = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
@@ -97,11 +97,24 @@ def kept_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     found = []
     for path, part in module.named_modules():
         for name, value in vars(part).items():
-            if name not in _REGISTRIES:
+            if name not in REGISTRIES:
                 places = [
                     (inner, tensor) for inner, tensor in _tensors(value) if not any("." in part for part in inner)
                 ]
                 found += [(".".join(filter(None, [path, name, *inner])), tensor) for inner, tensor in places]
+    return found
+
+
+def held_tensors(module: nn.Module) -> dict[str, tuple[dict[str, Any], str, Tensor]]:
+    """Path → (the dictionary that holds it, its name in there, the tensor), for all tensors of a module's parts but
+    parameters; the name of one in a list or dictionary of its own is that of the attribute."""
+    found = {}
+    for path, part in module.named_modules():
+        for store in (part._buffers, vars(part)):
+            for name, value in store.items():
+                if name not in REGISTRIES:
+                    for inner, tensor in _tensors(value):
+                        found[".".join(filter(None, [path, name, *inner]))] = store, name, tensor
     return found
 
 

@@ -49,9 +49,8 @@ def _pieces(last: fx.Node) -> tuple[list[fx.Node], int, int] | None:
         target, piece, axis, start, stop, step = [*arguments(node), *(0, None, None, 1)[len(node.args) - 2 :]]
         shape = node.meta["val"].shape
         size = shape[axis]
-        if not isinstance(size, int):
+        if not all(isinstance(one, int) for one in (size, start or 0, stop or 0, step)):
             return None
-        piece = _written(piece)
         value, start, stop = piece.meta["val"], start or 0, size if stop is None else min(stop, size)
         whole = all(
             a == b for dim, (a, b) in enumerate(zip(value.shape, shape, strict=True)) if dim != axis % len(shape)
@@ -75,15 +74,6 @@ def _pieces(last: fx.Node) -> tuple[list[fx.Node], int, int] | None:
         reached, piece = written.pop(reached)
         pieces.append(piece)
     return (pieces, axis, 1) if not written and reached == size else None
-
-
-def _written(piece: fx.Node) -> fx.Node:
-    """The value that a copy into a slice brings."""
-    if operation(piece) == "copy":
-        source = arguments(piece)[1]
-        if isinstance(source, fx.Node) and source.meta["val"].shape == piece.meta["val"].shape:
-            return source
-    return piece
 
 
 def erase_unread(graph: fx.Graph, node: fx.Node) -> None:

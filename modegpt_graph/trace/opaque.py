@@ -59,6 +59,7 @@ class Recorder:
     def __init__(self, module: nn.Module) -> None:
         self.calls: list[AttentionCall | CacheCall] = []
         self.output: Any = None
+        self.left: tuple[str, ...] = ()  # names of tensors that the module made and left in its attributes
         self.assumes_all = False  # a loop over what a mask meets was traced as if it met everything
         self._paths = {id(part): path for path, part in module.named_modules()}
 

@@ -23,6 +23,7 @@ class Effect(Enum):
     COMPLEX = auto()  # pairs of features become complex numbers
     REAL = auto()  # complex numbers become pairs of features
     CACHE = auto()  # keys and values of all positions so far
+    STORE = auto()  # a value that is kept beyond the call
     SIZE = auto()  # sizes and guards: no tensor values
     UNKNOWN = auto()
 
@@ -32,7 +33,7 @@ _TABLE: dict[Effect, str] = {
         select split split_with_sizes chunk unbind cat concat stack unsqueeze squeeze repeat repeat_interleave flatten
         unflatten roll
         flip movedim swapaxes swapdims moveaxis narrow index_select tensor_split constant_pad_nd pad tile getitem
-        broadcast_to index numpy_T unfold slice_scatter select_scatter copy""",
+        broadcast_to index numpy_T unfold slice_scatter select_scatter copy index_put index_copy""",
     Effect.SAME: """clone contiguous alias detach _to_copy to dropout lift_fresh lift_fresh_copy type_as
         native_dropout feature_dropout""",
     Effect.LINEAR_UNARY: "neg",
@@ -54,6 +55,7 @@ _TABLE: dict[Effect, str] = {
     Effect.COMPLEX: "view_as_complex",
     Effect.REAL: "view_as_real",
     Effect.CACHE: "cache_update",
+    Effect.STORE: "store",
     Effect.SIZE: """sym_size _assert_scalar _assert_async _assert_tensor_metadata sym_constrain_range
         sym_constrain_range_for_size""",
 }

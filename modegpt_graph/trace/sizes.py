@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from modegpt_graph.trace.export import Trace
 from modegpt_graph.trace.operations import Effect, arguments, effect, is_data, operation
+from modegpt_graph.trace.stores import stores_of
 
 _MANY = 2**40  # an upper bound beyond which there is none
 
@@ -158,15 +159,17 @@ def steps_without_casts(trace: Trace) -> list[fx.Node]:
 
 
 def _steps(trace: Trace) -> list[fx.Node]:
-    """Nodes that the outputs need: inputs, parameters and constants first, then operations in order."""
-    queue: list[fx.Node] = list(trace.graph.output_node().all_input_nodes)
+    """Nodes that the outputs and later calls need: inputs, parameters and constants first, then operations in order."""
+    numbers = {index for _, index in trace.call.numbers()}
+    queue: list[fx.Node] = [*trace.graph.output_node().all_input_nodes, *stores_of(trace.graph)]
     live: set[fx.Node] = set()
     while queue:
         node = queue.pop()
         if node not in live:
             live.add(node)
             queue += node.all_input_nodes
-    held = sorted((node for node in live if node.op == "placeholder"), key=lambda node: str(_held(trace, node)))
+    given = (node for node in live if node.op == "placeholder" and trace.inputs.get(node.name) not in numbers)
+    held = sorted(given, key=lambda node: str(_held(trace, node)))
     done = (node for node in trace.graph.nodes if node in live and node.op == "call_function" and is_data(node))
     moved = (node for node in done if not _is_size(node))
     return [*held, *moved, trace.graph.output_node()]

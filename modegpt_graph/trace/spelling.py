@@ -74,6 +74,9 @@ _FORMS: Mapping[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
 }
 
 
+_STARTS = {"slice": 2, "slice_scatter": 3}  # which argument says where a part starts, where nothing does for the first
+
+
 def merge_equal(graph: fx.Graph) -> None:
     """Make one node of those that apply the same operation to the same values in one module. The graph is changed.
 
@@ -83,6 +86,9 @@ def merge_equal(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_pure(node):
             continue
+        start = _STARTS.get(operation(node))
+        if start is not None and len(node.args) > start and node.args[start] is None:
+            node.args = (*node.args[:start], 0, *node.args[start + 1 :])
         leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
         if any(isinstance(leaf, (torch.SymInt, torch.Tensor)) for leaf in leaves):
             continue

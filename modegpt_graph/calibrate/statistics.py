@@ -169,8 +169,8 @@ class ScoreCollector:
     def _heads_in(self, name: str) -> int:
         """Heads of an operand, without the batch that may be folded into the same axis."""
         node = self.nodes[name]
-        shape = shape_of(node)
-        return math.prod(shape[1:-2]) if len(shape) > 3 else shape[0] // BATCH
+        first, *heads = shape_of(node)[:-2]
+        return math.prod(heads) if heads else first // BATCH
 
     def statistics(self, site: str) -> ScoreStatistics:
         """The sums so far. Raises OverflowedActivations where they are not finite, ModegptError where nothing came."""

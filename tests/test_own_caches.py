@@ -100,6 +100,15 @@ def test_what_is_in_a_cache_is_what_the_smaller_model_would_have_written() -> No
         assert difference(cache[:2, :12], other[:2, :12]) < TOLERANCE
 
 
+@torch.no_grad()
+def test_a_cache_that_comes_after_compression_is_not_ignored() -> None:
+    small: Any = compressed(own_caches.SetUpLater).model
+    small(TOKENS)
+    small.blocks[0].attention.cache = own_caches.KeyValueCache()
+    with pytest.raises(ValueError, match="this module was compressed without cache"):
+        small(TOKENS)
+
+
 @pytest.mark.parametrize(
     ("attention", "reason"),
     [

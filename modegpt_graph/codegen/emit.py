@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modegpt_graph.codegen.expressions import EmitError, call, identifier, literal
+from modegpt_graph.codegen.expressions import EmitError, attribute, call, identifier, literal
 from modegpt_graph.codegen.gather import gathered
 from modegpt_graph.codegen.guards import guards
 from modegpt_graph.codegen.layout import wrapped
@@ -145,7 +145,7 @@ class _Writer:
             if node.name in self.signature.inputs:
                 return self.signature.inputs[node.name]
             if node.name in self.trace.state:
-                return f"self.{_path(self.trace.state[node.name])}"
+                return attribute(self.trace.state[node.name])
             constant = self.trace.constants[node.name]
             if isinstance(constant, FakeTensor) or constant.is_meta:
                 raise EmitError("it reads a tensor from where no code can find it again: register it as a buffer")
@@ -156,7 +156,7 @@ class _Writer:
             return self.signature.size(value) if isinstance(value, torch.SymInt) else str(int(value))
         if node in self.linears:
             path = self.linears[node].weight.rpartition(".")[0]
-            return f"self.{_path(path)}({self.write(self.linears[node].source, node)})"
+            return f"{attribute(path)}({self.write(self.linears[node].source, node)})"
         target, args, kwargs = self.arguments[node]
         said = operation(node) if target is node.target else target._opname
         if said in ("view", "_unsafe_view") and args[0] not in self.linears:
@@ -313,7 +313,7 @@ class _Writer:
     def _module_expression(self, path: str | None) -> str:
         if path is None:
             raise EmitError("attention is called for a module outside of the one that was traced")
-        return f"self.{_path(path)}" if path else "self"
+        return attribute(path) if path else "self"
 
     def _cache(self, node: fx.Node) -> None:
         said = self.trace.calls[arguments(node)[3]]
@@ -340,7 +340,7 @@ class _Writer:
         """What is kept, as source."""
         if node.name not in self.trace.state:
             raise EmitError(f"it writes into `{self.signature.inputs.get(node.name, node.name)}`, which is not its own")
-        return f"self.{_path(self.trace.state[node.name])}"
+        return attribute(self.trace.state[node.name])
 
     def _write_in_place(self, found: InPlace) -> None:
         text = self._kept(found.kept)
@@ -369,14 +369,6 @@ class _Writer:
         if len(leaves) != 1 or leaves[0] is not output:
             raise EmitError(f"the module returns a {type(output).__name__}")
         return write(output)
-
-
-def _path(name: str) -> str:
-    """A dotted path as an attribute expression: `layers.0.mlp` → `layers[0].mlp`."""
-    text = ""
-    for part in name.split("."):
-        text += f"[{part}]" if part.isdigit() or part[:1] in "'\"" else f".{part}" if text else part
-    return text
 
 
 def emit(

@@ -69,6 +69,14 @@ def identifier(name: str) -> str:
     return f"_{cleaned}" if cleaned[:1].isdigit() or keyword.iskeyword(cleaned) else cleaned
 
 
+def attribute(name: str) -> str:
+    """What a module holds under a dotted path: `layers.0.mlp` → `self.layers[0].mlp`."""
+    text = "self"
+    for part in name.split("."):
+        text += f"[{part}]" if part.isdigit() or part[:1] in "'\"" else f".{part}"
+    return text
+
+
 def literal(value: Any) -> str:
     """A constant as Python source. Raises EmitError for values that have none."""
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):

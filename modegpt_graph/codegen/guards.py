@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Collection, Iterator
 
-from modegpt_graph.codegen.expressions import literal
+from modegpt_graph.codegen.expressions import attribute, literal
 from modegpt_graph.trace.calls import SizeSlot, Slot
 from modegpt_graph.trace.export import Trace
 
@@ -17,6 +17,8 @@ def guards(trace: Trace, known: Collection[str] = ()) -> Iterator[str]:
     call = trace.call
     if not call.only_as_seen:
         return
+    for path in trace.unset:
+        yield from _refuse(f"{attribute(path)} is not None", f"this module was compressed without {path}")
     named = {value.index: name for name, value in call.arguments.items() if isinstance(value, Slot)}
     for name, parameter in inspect.signature(trace.module.forward).parameters.items():
         value = call.arguments.get(name, parameter.default)

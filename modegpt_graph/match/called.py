@@ -24,6 +24,7 @@ class Calls:
         # Modules of the library count nothing, and say in the cache what they keep.
         self._counted = () if example_inputs is None else counted(skeleton, example_inputs)
         self._batch: int | None = None  # the only one that the model takes
+        self._free: frozenset[str] | None = None  # modules whose numbers may be any
         try:
             first = self._recorded(SIZES)
         except ModegptError:
@@ -32,6 +33,7 @@ class Calls:
             self._batch = int(example_inputs[0].shape[0])
             first = self._recorded(SIZES)
         self._known: dict[Pair, Mapping[str, Call]] = {SIZES: first}
+        self._free = frozenset(path for path, call in first.items() if call.also)
 
     def at(self, pair: Pair) -> Mapping[str, Call]:
         """Module → how it is called; nothing where the model does not run at these sizes."""
@@ -47,7 +49,7 @@ class Calls:
         sizes = (
             pair if self._batch is None else (replace(pair[0], batch=self._batch), replace(pair[1], batch=self._batch))
         )
-        calls = record_calls_with_numbers(self._skeleton, self._paths, self._example_inputs, sizes)
+        calls = record_calls_with_numbers(self._skeleton, self._paths, self._example_inputs, sizes, self._free)
         for path, call in calls.items():
             own = next((name for name in self._counted if not path or name.startswith(f"{path}.")), None)
             if own is not None and call.obstacle is None:

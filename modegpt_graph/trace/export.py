@@ -19,7 +19,7 @@ from modegpt_graph.trace.fake import fake_cpu, kept_tensors
 from modegpt_graph.trace.filled import join_filled
 from modegpt_graph.trace.grouped import group_experts
 from modegpt_graph.trace.hints import masks_without_hints
-from modegpt_graph.trace.left import drop_self_copies, kept_in_place, take_left
+from modegpt_graph.trace.left import drop_self_copies, kept_in_place, take_left, unset
 from modegpt_graph.trace.loops import every_branch, with_places_that_are_used
 from modegpt_graph.trace.opaque import AttentionCall, AttentionWeights, CacheCall, Recorder, TracedCache, opaque_calls
 from modegpt_graph.trace.operations import Effect, effect
@@ -49,6 +49,7 @@ class Trace:
     constants: placeholder → tensor made while tracing.
     output: what the module returns, tensors replaced by `Output`; `AttentionWeights` where an opaque call's stand.
     assumes_all: whether it stands for the module only where a mask meets everything (`loops`).
+    unset: paths of what is None within the module and stays so, although its code asks for it.
     branches: where the module's code asked how large a dynamic axis is ("file.py:12"): other sizes may go another way.
     """
 
@@ -62,6 +63,7 @@ class Trace:
     output: Any
     assumes_all: bool = False
     branches: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
 
 
 class _Called(nn.Module):
@@ -91,6 +93,7 @@ class _Called(nn.Module):
         starred = arguments.pop(positional) if positional else ()
         # A method may be wrapped by one that calls its parameters otherwise: what was given by position stays so.
         leading = [arguments.pop(name) for name in call.positional]
+        empty = unset(self.module)
         with every_branch(self.recorder.assume_all, self.unused), kept_in_place(self.module) as left:
             output = self.module(*leading, *starred, **arguments)
         returned: list[Tensor] = []
@@ -105,6 +108,8 @@ class _Called(nn.Module):
             place, output, is_leaf=lambda x: type(x) in (AttentionWeights, TracedCache)
         )
         self.recorder.left = tuple(left)
+        still = unset(self.module)
+        self.recorder.unset = tuple(name for name in empty if name in still)
         return *returned, *left.values()
 
 
@@ -159,7 +164,17 @@ def export(module: nn.Module, call: Call) -> Trace:
             node.meta["constant"] = constants[node.name]
     calls, asked, call = tuple(recorder.calls), tuple(branches), replace(call, obstacle=obstacle)
     return Trace(
-        module, call, program.graph, inputs, state, constants, calls, recorder.output, recorder.assumes_all, asked
+        module,
+        call,
+        program.graph,
+        inputs,
+        state,
+        constants,
+        calls,
+        recorder.output,
+        recorder.assumes_all,
+        asked,
+        recorder.unset,
     )
 
 

@@ -8,6 +8,7 @@ of one call says what they do with it.
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +31,22 @@ def kept_in_place(module: nn.Module) -> Iterator[dict[str, Tensor]]:
             store[name] = old.copy_(tensor)
         else:
             left[path] = tensor
+
+
+def unset(module: nn.Module) -> tuple[str, ...]:
+    """Paths of what is None in a module's parts, and asked for by a method: with something there, that is another call.
+
+    A cache that is set up after the model is made is such a thing.
+    """
+    found = []
+    for path, part in module.named_modules():
+        kinds = [kind for kind in type(part).__mro__ if kind not in nn.Module.__mro__]
+        methods = [value for kind in kinds for name, value in vars(kind).items() if name != "__init__"]
+        asked = {name for one in methods if isinstance(one, FunctionType) for name in one.__code__.co_names}
+        empty = [name for store in (part._modules, vars(part)) for name, value in store.items() if value is None]
+        if not type(part).__module__.startswith("torch."):
+            found += [".".join(filter(None, [path, name])) for name in empty if name in asked]
+    return tuple(found)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

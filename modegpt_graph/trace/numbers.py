@@ -5,7 +5,7 @@ nothing else: sizes are symbols already.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -32,16 +32,24 @@ Runs = Sequence[Mapping[str, Sequence[Seen]]]
 
 
 def record_calls_with_numbers(
-    skeleton: nn.Module, names: Iterable[str], example_inputs: tuple | None, sizes: tuple[Sizes, Sizes] = SIZES
+    skeleton: nn.Module,
+    names: Iterable[str],
+    example_inputs: tuple | None,
+    sizes: tuple[Sizes, Sizes] = SIZES,
+    free: Collection[str] | None = None,
 ) -> dict[str, Call]:
     """`record_calls`, where a number that the model hands on is as free as the sizes of tensors.
 
+    free: modules of which that is known to be so; None where it is to be found out.
     The numbers are `cached` of the sizes, where these are not 0.
     """
     calls = record_calls(skeleton, names, example_inputs, sizes)
     if example_inputs is None:
         return calls
-    modules = {name: skeleton.get_submodule(name) for name, call in calls.items() if not call.others}
+    chosen = [name for name, call in calls.items() if not call.others and (free is None or name in free)]
+    if not chosen:
+        return calls
+    modules = {name: skeleton.get_submodule(name) for name in chosen}
     wanted, first = ((pair[0].cached, pair[1].cached) for pair in (sizes, SIZES))
     for place, usual in _numbers_of(skeleton, example_inputs):
 

@@ -60,6 +60,7 @@ class Recorder:
         self.calls: list[AttentionCall | CacheCall] = []
         self.output: Any = None
         self.left: tuple[str, ...] = ()  # names of tensors that the module made and left in its attributes
+        self.unset: tuple[str, ...] = ()  # see `Trace`
         self.assumes_all = False  # a loop over what a mask meets was traced as if it met everything
         self._paths = {id(part): path for path, part in module.named_modules()}
 

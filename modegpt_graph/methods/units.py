@@ -147,7 +147,7 @@ def _silence(model: nn.Module, one: Units, columns: Tensor) -> None:
     parameter = model.get_submodule(one.module.path).get_parameter(linear.weight)
     weight = linear.matrix(parameter.data).clone()
     weight[:, columns] = 0
-    parameter.data = linear.stored(weight, parameter.shape, *map(torch.arange, weight.shape[-2:]))
+    parameter.data = linear.stored(weight, parameter.shape)
 
 
 def _add_bias(model: nn.Module, one: Units, bias: Tensor) -> None:

@@ -155,9 +155,7 @@ def _reduced(module: nn.Module, placed: Placed, solution: Solution) -> Iterator[
     def change(linear: Linear, weight: Tensor, bias: Tensor | None) -> None:
         parameter = module.get_parameter(linear.weight)
         changed.append((parameter, parameter.data))
-        parameter.data = linear.stored(weight, parameter.shape, *map(torch.arange, weight.shape[-2:])).to(
-            parameter.dtype
-        )
+        parameter.data = linear.stored(weight, parameter.shape).to(parameter.dtype)
         if bias is not None and linear.bias is not None:
             parameter = module.get_parameter(linear.bias)
             changed.append((parameter, parameter.data))

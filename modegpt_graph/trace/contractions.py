@@ -28,9 +28,7 @@ class _Term:
 def spell_einsums(graph: fx.Graph) -> None:
     """Replace every `einsum` that has such a form by it, and products that broadcast a value over heads' matrices.
 
-    The graph is changed.
-
-    Left as they are: those that take a diagonal (a letter twice in one operand).
+    The graph is changed. Left as they are: those that take a diagonal (a letter twice in one operand).
     """
     for node in list(graph.nodes):
         said = _einsum(graph, node)

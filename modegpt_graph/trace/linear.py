@@ -69,10 +69,13 @@ class Linear:
             bias = bias.flatten()
         return (weight, bias) if copy is None else (weight[copy], None if bias is None else bias[copy])
 
-    def stored(self, matrix: Tensor, shape: Sequence[int], rows: Tensor, columns: Tensor) -> Tensor:
+    def stored(
+        self, matrix: Tensor, shape: Sequence[int], rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
         """A matrix, or all experts', as the parameter holds it.
 
-        shape: of the parameter when it held all outputs and inputs.   rows, columns: those that `matrix` still has.
+        shape: of the parameter when it held all outputs and inputs.   rows, columns: those that `matrix` still has, all
+        of them where None.
         """
         if self.spread is None:
             return (matrix.mT if self.transposed else matrix).contiguous()
@@ -89,8 +92,10 @@ class Linear:
         return bias if self.experts is not None else bias.view(_sizes_left(rows, shape))
 
 
-def _sizes_left(kept: Tensor, sizes: Sequence[int]) -> list[int]:
+def _sizes_left(kept: Tensor | None, sizes: Sequence[int]) -> list[int]:
     """How many places of each axis are kept. kept: places of the flattened axes, as many in every part."""
+    if kept is None:
+        return list(sizes)
     places = torch.unravel_index(kept, list(sizes))
     return [len(one.unique()) for one in places]
 

@@ -98,6 +98,7 @@ def compress(
     calibration: str | Path | Tensor = "wikitext2",
     preset: str = "default",
     recalibrate: bool | None = None,
+    own_text: bool = True,
     allocator: str | None = None,
     seed: int = 0,
     patterns: Iterable[str | Path] | None = None,
@@ -126,6 +127,8 @@ def compress(
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
     which costs two to three more passes over the calibration text, for each ratio that a search tries; as the preset
     has it where None.
+    own_text: whether the model also samples text to calibrate on, a quarter of the calibration text; other texts than
+    that suffer less then. Not with `paper`.
     cache: whether what calibration found in an earlier run of the same model, text and code is used again, and long
     work is kept for later runs.
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, a goal that cannot be met, unknown
@@ -152,6 +155,7 @@ def compress(
         approximate_norm=approximate_norm,
         preset=preset,
         recalibrate=recalibrate,
+        own_text=own_text,
         context=context,
         cache=cache,
         progress=progress,
@@ -338,7 +342,7 @@ def compare_methods(
     with clock("dense"), progress.stage("measure the dense model"):
         dense_perplexity = perplexity(dense, tokens)
     sizes = matrix_sizes(surveyed.trace)
-    setting = Setting(dense, surveyed, modules, layers, sizes, read.tokens, observed, seed, progress)
+    setting = Setting(dense, surveyed, modules, layers, sizes, read, observed, seed, progress)
     entries = race(setting, methods, ratios, lambda smaller: perplexity(smaller, tokens))
     name = "the calibration text, held out of it" if text is None else _name_of(text)
     return Comparison(

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,7 @@ def prepare(
     approximate_norm: bool = False,
     preset: str = "default",
     recalibrate: bool | None = None,
+    own_text: bool = True,
     context: int = CONTEXT,
     cache: bool = False,
     progress: Progress | None = None,
@@ -256,8 +259,9 @@ def prepare(
 
     windows, window: of calibration text.   evaluating: whether windows of it are held out.   of_tokens: whether some
     are held out of token ids too.   context: tokens that a token attends to where multiply-adds are counted.
-    recalibrate: whether results are recalibrated; as the preset has it where None.   cache: whether what calibration
-    finds is taken from an earlier run, and kept for later ones.   Raises as `compress`.
+    recalibrate: whether results are recalibrated; as the preset has it where None.   own_text: whether the model also
+    samples text to calibrate on, where the preset has that.   cache: whether what calibration finds is taken from an
+    earlier run, and kept for later ones.   Raises as `compress`.
     """
     progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
     with clock("load"), progress.stage("load the model"):
@@ -284,14 +288,16 @@ def prepare(
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     sites = [placed.site.id for one in modules for placed in one.placed]
+    if own_text:
+        with clock("sample"), progress.stage("sample text"):
+            text = text.with_own(dense, chosen.own_share, seed)
     with clock("calibrate"):
         memory = Memory()
         if cache:
             told = (sites, chosen.value_inputs, approximate_norm, dtype)
-            memory = Memory(Store.default(), run_key(dense, str(surveyed.trace.graph), text.tokens, *told))
-        observed = memory.calibrated(
-            sites, lambda: calibrate(dense, modules, layers, text.tokens, progress, value_inputs=chosen.value_inputs)
-        )
+            memory = Memory(Store.default(), run_key(dense, str(surveyed.trace.graph), text.parts, *told))
+        run = partial(calibrate, dense, modules, layers, progress=progress, value_inputs=chosen.value_inputs)
+        observed = memory.calibrated(sites, lambda: reduce(add, map(run, text.parts)))
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
         costs = count_costs(dense, modules, surveyed.trace, total, context)
@@ -303,6 +309,7 @@ def prepare(
             observed,
             text.tokens,
             costs,
+            own=text.own,
             preset=chosen,
             memory=memory,
             progress=progress,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.sampling import sample_windows
 from modegpt_graph.calibrate.text import SELF, SELF_WINDOW, SELF_WINDOWS, evaluation_windows
 from modegpt_graph.compression import Prepared, prepare
@@ -33,7 +34,9 @@ from modegpt_graph.rewrite.decomposed import Decomposed, decompose
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 
 PAPER, OURS = PRESETS["paper"], PRESETS["default"]
-REFITTED = replace(OURS, recipe=replace(OURS.recipe, score="paper"))
+ONCE = ("sample", "decompose", "allocate")
+ONE_TEXT = replace(OURS, own_share=0.0)
+REFITTED = replace(ONE_TEXT, recipe=replace(OURS.recipe, score="paper"))
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ VARIANTS: Mapping[str, Variant] = {
     "paper-uniform": Variant("the paper's algorithms, uniform", PAPER, "uniform"),
     "paper": Variant("the paper to the letter: Block Influence", PAPER, "block-influence"),
     "refits": Variant("value/output by what heads put out, biases and a ridge in refits", REFITTED, "block-influence"),
-    "greedy": Variant("query/key pairs chosen greedily", OURS, "block-influence"),
-    "one-shot": Variant("allocation by error curves and measured weights", OURS, "curves"),
+    "greedy": Variant("query/key pairs chosen greedily", ONE_TEXT, "block-influence"),
+    "curves": Variant("allocation by error curves and measured weights", ONE_TEXT, "curves"),
+    "one-shot": Variant("calibration also on text that the model samples", OURS, "curves"),
     "default": Variant("recalibration: all that is ours", OURS, "curves", recalibrates=True),
     "uniform": Variant("all that is ours, but uniform", OURS, "uniform", recalibrates=True),
 }
@@ -102,9 +106,8 @@ class Run:
         made: tuple[Preset | None, Decomposed] = None, self.prepared.decomposed
         for name in self.arguments.variants:
             variant, clock = VARIANTS[name], Clock()
-            with clock("decompose"):
-                if made[0] != variant.preset:
-                    made = variant.preset, self._decomposed(variant.preset)
+            if made[0] != variant.preset:
+                made = variant.preset, self._decomposed(variant.preset, clock)
             one = replace(self.prepared, decomposed=made[1], recalibrates=variant.recalibrates)
             for ratio in self.arguments.ratios:
                 with clock("allocate"):
@@ -114,9 +117,25 @@ class Run:
                 clock = Clock()
         return self.found
 
-    def _decomposed(self, preset: Preset) -> Decomposed:
+    def _decomposed(self, preset: Preset, clock: Clock) -> Decomposed:
         of = self.prepared.decomposed
-        return decompose(of.dense, of.surveyed, of.modules, of.layers, of.observed, of.tokens, of.costs, preset=preset)
+        text, observed = self.prepared.text, of.observed
+        with clock("sample"):
+            text = text.with_own(of.dense, preset.own_share, self.arguments.seed)
+            if text.own is not None:
+                observed += calibrate(of.dense, of.modules, of.layers, text.own)
+        with clock("decompose"):
+            return decompose(
+                of.dense,
+                of.surveyed,
+                of.modules,
+                of.layers,
+                observed,
+                of.tokens,
+                of.costs,
+                own=text.own,
+                preset=preset,
+            )
 
     def _add(
         self,
@@ -172,8 +191,8 @@ def tables(found: Mapping[str, Any]) -> str:
     rows = []
     for name in variants:
         seconds = [one["seconds"] for one in results if one["variant"] == name]
-        once = seconds[0]["decompose"] + seconds[0]["allocate"]  # later ratios find the weights measured
-        each = sum(sum(one.values()) - one.get("decompose", 0.0) - one["allocate"] for one in seconds) / len(seconds)
+        once = sum(seconds[0].get(stage, 0.0) for stage in ONCE)  # later ratios find the weights measured
+        each = sum(sum(value for stage, value in one.items() if stage not in ONCE) for one in seconds) / len(seconds)
         rows.append([name, *(f"{value / found['forward_seconds']:.2f}" for value in (once, each))])
     shown.append(_markdown(["variant", "once", "for each ratio"], rows))
     if dense["tasks"]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from modegpt_graph.calibrate.inputs import ValueCollector, reads_one_value
 from modegpt_graph.calibrate.norms import NormCollector
-from modegpt_graph.calibrate.statistics import Collector, Statistics, collector
+from modegpt_graph.calibrate.statistics import Collector, Statistics, added, collector
 from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
 from modegpt_graph.codegen.join import joined, names_in, prefix_of
@@ -32,6 +32,13 @@ class Calibrated:
     statistics: Mapping[str, Statistics]
     importance: Tensor
     tokens: int
+
+    def __add__(self, other: "Calibrated") -> "Calibrated":
+        """What was found on both texts, a token counting as much in one as in the other."""
+        tokens = self.tokens + other.tokens
+        importance = (self.tokens * self.importance + other.tokens * other.importance) / tokens
+        statistics = {site: added(one, other.statistics[site]) for site, one in self.statistics.items()}
+        return Calibrated(statistics, importance, tokens)
 
 
 class _Finished(Exception):

@@ -1,4 +1,4 @@
-"""Text that a model samples itself, for calibration where there is no other."""
+"""Text that a model samples itself, for calibration where there is no other, and beside what there is."""
 
 from typing import Any
 
@@ -6,7 +6,34 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.errors import OverflowedActivations
-from modegpt_graph.models import can_generate, device_of, forward_logits, overflow_advice
+from modegpt_graph.models import (
+    cache_keyword,
+    cache_of,
+    can_generate,
+    device_of,
+    forward_logits,
+    logits_of,
+    overflow_advice,
+)
+
+OWN_WINDOW = 128
+FEWEST_OWN_WINDOWS = 8
+
+
+def own_windows(model: nn.Module, tokens: Tensor, share: float, seed: int) -> Tensor | None:
+    """What the model writes itself, `share` as many tokens as the calibration text `tokens` (windows, window) has.
+
+    None where these are too few to tell of anything, and for a model that does not write, or without a cache: every
+    token would cost a pass over all before it.
+    """
+    window = min(OWN_WINDOW, tokens.shape[1])
+    windows = int(share * tokens.numel()) // window
+    if windows < FEWEST_OWN_WINDOWS or not can_generate(model) or cache_keyword(model) is None:
+        return None
+    try:
+        return sample_windows(model, windows, window, seed)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 @torch.no_grad()
@@ -15,24 +42,18 @@ def sample_windows(
 ) -> Tensor:
     """Seeded ancestral sampling at temperature 1: (windows, window) int64, all windows in one batch.
 
-    Each window starts with `start_token`, else the model's own beginning-of-text token, else a token drawn evenly. With
-    `generate` the key/value cache is used; a plain module is called on the growing prefix. The global generator is left
-    alone. Raises OverflowedActivations where the model's probabilities are not finite.
+    Each window starts with `start_token`, else the model's own beginning-of-text token, else a token drawn evenly. No
+    other ends it. A key/value cache is used where the model has one; any other is called on the growing prefix. The
+    global generator is left alone. Raises OverflowedActivations where the model's probabilities are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first = _first_tokens(model, windows, start_token)
         try:
-            if can_generate(model):
-                return _generated(model, first, window)
-            return _continued(model, first, window)
-        except RuntimeError as error:
-            if "probability tensor" in str(error):
-                dtype = next(model.parameters()).dtype
-                raise OverflowedActivations(
-                    f"sampling from the model met non-finite probabilities; {overflow_advice(dtype)}"
-                ) from error
-            raise
+            return _written(model, first, window) if can_generate(model) else _continued(model, first, window)
+        except FloatingPointError:
+            advice = overflow_advice(next(model.parameters()).dtype)
+            raise OverflowedActivations(f"sampling from the model met non-finite probabilities; {advice}") from None
 
 
 def _first_tokens(model: nn.Module, windows: int, start_token: int | None) -> Tensor:
@@ -49,29 +70,37 @@ def _first_tokens(model: nn.Module, windows: int, start_token: int | None) -> Te
     return torch.randint(vocabulary, (windows, 1)).to(device)
 
 
-def _generated(model: Any, first: Tensor, window: int) -> Tensor:
-    # Everything a model's own generation settings could bend is set back: the samples must come from its distribution.
-    # min_new_tokens keeps end-of-text from being drawn, so that every window is full.
-    return model.generate(
-        first,
-        attention_mask=torch.ones_like(first),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=window - 1,
-        max_new_tokens=window - 1,
-        use_cache=True,
-        return_dict_in_generate=False,
-    ).cpu()
+def _written(model: Any, first: Tensor, window: int) -> Tensor:
+    """One token after the other, with the model's cache where it has one."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)  # every window is to be full
+    tokens, cache, keyword = first, None, cache_keyword(model)
+    for _ in range(window - 1):
+        if keyword is None:
+            logits = forward_logits(model, tokens)
+        else:
+            given = {} if cache is None else {keyword: cache}
+            output = model(tokens if cache is None else tokens[:, -1:], use_cache=True, **given)
+            logits, cache = logits_of(output), cache_of(output)
+        following = logits[:, -1].float()
+        following[:, barred] = -torch.inf
+        tokens = torch.cat([tokens, _drawn(following.softmax(-1))], dim=1)
+    return tokens.cpu()
 
 
 def _continued(model: nn.Module, first: Tensor, window: int) -> Tensor:
     tokens = first
     for _ in range(window - 1):
         probabilities = forward_logits(model, tokens)[:, -1].float().softmax(-1)  # (B, V)
-        tokens = torch.cat([tokens, torch.multinomial(probabilities, 1)], dim=1)
+        tokens = torch.cat([tokens, _drawn(probabilities)], dim=1)
     return tokens.cpu()
+
+
+def _drawn(probabilities: Tensor) -> Tensor:
+    """(B, 1) draws from (B, V), by one number a row: a large vocabulary makes `multinomial` the most of the work."""
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    if not bool(torch.isfinite(sums[:, -1]).all()):
+        raise FloatingPointError
+    drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True).clamp_max(sums.shape[-1] - 1)

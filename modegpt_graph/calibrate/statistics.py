@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -78,6 +78,17 @@ class ScoreStatistics:
 
 
 Statistics = ConsumerStatistics | ExpertStatistics | ScoreStatistics
+
+
+def added(one: Statistics, other: Statistics) -> Statistics:
+    """What a site has on both texts; beyond Gram matrices of what it reads and scores, `one` is kept as it is."""
+    if isinstance(one, ConsumerStatistics) and isinstance(other, ConsumerStatistics):
+        return replace(one, gram=one.gram + other.gram)
+    if isinstance(one, ScoreStatistics) and isinstance(other, ScoreStatistics):
+        return replace(one, queries=one.queries + other.queries, keys=one.keys + other.keys)
+    if isinstance(one, ExpertStatistics) and isinstance(other, ExpertStatistics):
+        return ExpertStatistics(tuple(a + b for a, b in zip(one.grams, other.grams, strict=True)))
+    raise TypeError(f"{type(one).__name__} and {type(other).__name__} are not of one site")
 
 
 class ConsumerCollector:

@@ -136,13 +136,15 @@ class Store:
             file.unlink()
 
 
-def run_key(model: nn.Module, graph: str, tokens: Tensor, *parts: object) -> str:
-    """A key of the model's weights, its traced graph, the calibration tokens, this package's own code and `parts`."""
+def run_key(model: nn.Module, graph: str, texts: Iterable[Tensor], *parts: object) -> str:
+    """A key of the model's weights, its traced graph, the calibration texts, this package's own code and `parts`."""
     found = hashlib.blake2b(digest_size=20)
     for name, value in model.state_dict().items():
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         found.update(_bytes(value))
-    found.update(_bytes(tokens))
+    for tokens in texts:
+        found.update(f"{tuple(tokens.shape)}".encode())
+        found.update(_bytes(tokens))
     for part in (graph, torch.__version__, _code(), *parts):
         found.update(f"\0{part}".encode())
     return found.hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.sampling import sample_windows
+from modegpt_graph.calibrate.sampling import own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
@@ -25,12 +25,27 @@ class Calibration:
     """Token ids to calibrate on.
 
     tokens: (windows, window) int64.   description: what the text is, in words, for the report.
-    fallback_reason: why the text is not the one that was asked for; None where it is.
+    fallback_reason: why the text is not the one that was asked for; None where it is.   is_sampled: whether the model
+    wrote it.   own: (windows, window) that the model wrote besides; None for none.
     """
 
     tokens: Tensor
     description: str
     fallback_reason: str | None = None
+    is_sampled: bool = False
+    own: Tensor | None = None
+
+    def with_own(self, model: nn.Module, share: float, seed: int) -> "Calibration":
+        """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it."""
+        own = None if self.is_sampled or not share else own_windows(model, self.tokens, share, seed)
+        if own is None:
+            return self
+        return replace(self, own=own, description=f"{self.description}; {windows_line(own)} that the model samples")
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Token ids of both."""
+        return (self.tokens,) if self.own is None else (self.tokens, self.own)
 
 
 def check_source(source: str | Path | Tensor) -> None:
@@ -149,7 +164,8 @@ def _sampled(model: nn.Module | None, seed: int, window: int, *, fallback_reason
     if model is None:
         raise InputError("calibration text 'self' is sampled from the model, and no model was given")
     tokens = sample_windows(model, SELF_WINDOWS, min(window, SELF_WINDOW), seed)
-    return Calibration(tokens, f"text sampled from the model itself, {windows_line(tokens)}", fallback_reason)
+    description = f"text sampled from the model itself, {windows_line(tokens)}"
+    return Calibration(tokens, description, fallback_reason, is_sampled=True)
 
 
 def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bool) -> Tensor:

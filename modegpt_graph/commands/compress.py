@@ -133,6 +133,15 @@ def compress(
             show_default="recalibrate; not with --preset paper",
         ),
     ] = None,
+    own_text: Annotated[
+        bool,
+        typer.Option(
+            "--own-text/--no-own-text",
+            rich_help_panel=options.CALIBRATION,
+            help="Also calibrate on text that the model samples itself, a quarter as much as of --calib, so that other "
+            "texts suffer less. Not with --preset paper.",
+        ),
+    ] = True,
     dtype: Annotated[
         Dtype,
         typer.Option(
@@ -202,6 +211,7 @@ def compress(
             calibration=calibration,
             preset=preset.value,
             recalibrate=recalibrate,
+            own_text=own_text,
             allocator=None if allocator is None else allocator.value,
             seed=seed,
             patterns=patterns or None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.observe import Calibrated
+from modegpt_graph.calibrate.text import Calibration
 from modegpt_graph.errors import ModegptError
 from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.match.site_module import SiteModule
@@ -23,7 +24,7 @@ class Setting:
     """One dense model, analysed and calibrated once for all methods.
 
     modules: its sites in their modules.   layers: paths of its decoder layers.   sizes: decoder-layer matrix → its
-    parameters; their sum is what every ratio is of.   tokens: (windows, window) of the calibration text.
+    parameters; their sum is what every ratio is of.   text: what all of them are calibrated on.
     """
 
     dense: nn.Module
@@ -31,10 +32,15 @@ class Setting:
     modules: tuple[SiteModule, ...]
     layers: tuple[str, ...]
     sizes: Mapping[str, int]
-    tokens: Tensor
+    text: Calibration
     observed: Calibrated
     seed: int
     progress: Progress
+
+    @property
+    def tokens(self) -> Tensor:
+        """(windows, window) of the calibration text."""
+        return self.text.tokens
 
     @property
     def total(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.methods.common import Pass, Setting, Smaller, Unavailable
 from modegpt_graph.rewrite.costs import count_costs
 from modegpt_graph.rewrite.decomposed import decompose
@@ -28,14 +29,18 @@ def paper(setting: Setting) -> Pass:
 def _modular(setting: Setting, preset: Preset) -> Pass:
     if not setting.modules:
         raise Unavailable("no site can be made smaller; `analyze` says why")
+    text, observed = setting.text.with_own(setting.dense, preset.own_share, setting.seed), setting.observed
+    if text.own is not None:
+        observed += calibrate(setting.dense, setting.modules, setting.layers, text.own, setting.progress)
     decomposed = decompose(
         setting.dense,
         setting.surveyed,
         setting.modules,
         setting.layers,
-        setting.observed,
-        setting.tokens,
+        observed,
+        text.tokens,
         count_costs(setting.dense, setting.modules, setting.surveyed.trace, setting.total),
+        own=text.own,
         preset=preset,
         progress=setting.progress,
     )

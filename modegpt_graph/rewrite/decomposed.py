@@ -43,7 +43,8 @@ class Decomposed:
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
     items: parameters that a rank of each site has.   tokens: (windows, window) of the calibration text.
     costs: what all of the model and each rank costs, in every budget.   how: the algorithms that errors are of.
-    trials: how features came to be chosen.   memory: what earlier runs found.
+    trials: how features came to be chosen.   own: (windows, window) that the model wrote itself to calibrate on.
+    memory: what earlier runs found.
     """
 
     dense: nn.Module
@@ -57,6 +58,7 @@ class Decomposed:
     costs: Costs
     how: str = ""
     trials: tuple[Trial, ...] = ()
+    own: Tensor | None = None
     memory: Memory = field(default_factory=Memory, repr=False)
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
@@ -84,6 +86,11 @@ class Decomposed:
         for site, divergence in found.items():
             self.divergences[site][new[site]] = divergence
         return {site: self.divergences[site][rank] for site, rank in ranks.items()}
+
+    @property
+    def texts(self) -> tuple[Tensor, ...]:
+        """All that was calibrated on."""
+        return (self.tokens,) if self.own is None else (self.tokens, self.own)
 
     @property
     def total(self) -> int:
@@ -147,7 +154,7 @@ class Decomposed:
             self.layers,
             self.observed.statistics,
             solutions,
-            self.tokens,
+            self.texts,
             self.progress,
         )
 
@@ -176,6 +183,7 @@ def decompose(
     tokens: Tensor,
     costs: Costs,
     *,
+    own: Tensor | None = None,
     preset: Preset = PRESETS["default"],
     memory: Memory | None = None,
     progress: Progress | None = None,
@@ -212,6 +220,7 @@ def decompose(
         costs,
         how=f"{how}, by the surgeon: {sorted(changed)}",
         trials=trials,
+        own=own,
         memory=memory,
         progress=progress,
     )

@@ -19,6 +19,8 @@ class Preset:
     value_inputs: whether calibration also collects what value projections read.
     tries_selections: whether the surgeon chooses features where it does less to the logits than the recipe's leverage.
     recalibrates: whether consumers are fitted again, layer by layer, in the smaller model.
+    own_share: tokens that the model samples itself to calibrate on, for each of the calibration text. One kind of text
+    shows few of a model's features at work; what is fitted to it alone is lost on others.
     """
 
     recipe: Recipe
@@ -27,10 +29,11 @@ class Preset:
     value_inputs: bool = False
     tries_selections: bool = False
     recalibrates: bool = False
+    own_share: float = 0.0
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True),
+    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, own_share=0.25),
     # The paper leaves λ open: the mean diagonal of C is the best of those tried. Refits have no ridge; one is added,
     # as small as holds, where Sᵀ C S is singular.
     # Source: MoDeGPT (arXiv 2408.09632), algorithms 1 to 3 and section 3.3.

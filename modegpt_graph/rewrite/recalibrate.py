@@ -32,21 +32,21 @@ def recalibrate(
     smaller: nn.Module,
     layers: Sequence[str],
     consumers: Mapping[str, bool],
-    tokens: Tensor,
+    texts: Sequence[Tensor],
     progress: Progress | None = None,
 ) -> None:
     """Change the weights (and biases) of `smaller`'s consumers in place.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
-    the same, to know what the stream has become.   tokens: (windows, window) of calibration text.
+    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.
     A layer is left as it is where its output is not its input plus what its consumers put out, scaled or not (experts,
     say), for then what the stream has lost is not known there.
     """
-    entries = stream_entries(dense, layers, consumers, tokens[:1, :PROBE_TOKENS])
+    entries = stream_entries(dense, layers, consumers, texts[0][:1, :PROBE_TOKENS])
     wanted = {path for path, may_change in consumers.items() if may_change and path in entries}
-    if not wanted or len(tokens) < 2:
+    batches = [batch for tokens in texts for batch in _batches(tokens)]
+    if not wanted or len(batches) < 2:
         return
-    batches = _batches(tokens)
     with (
         (progress or NullProgress()).stage("recalibrate", len(wanted)) as stage,
         _hooked(dense, layers, entries, stops_after=wanted),

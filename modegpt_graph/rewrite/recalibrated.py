@@ -22,7 +22,7 @@ def recalibrated(
     layers: Sequence[str],
     statistics: Mapping[str, Statistics],
     solutions: Mapping[str, Solution],
-    tokens: Tensor,
+    texts: Sequence[Tensor],
     progress: Progress | None = None,
 ) -> dict[str, Solution]:
     """The solutions with consumers that fit what `smaller`, changed in place, really computes.
@@ -44,7 +44,7 @@ def recalibrated(
         for path, (one, placed) in places.items()
     }
     before = {path: smaller.get_parameter(f"{path}.weight").data for path in places}
-    recalibrate(dense, smaller, layers, may_change, tokens, progress)
+    recalibrate(dense, smaller, layers, may_change, texts, progress)
     found = dict(solutions)
     for path, (one, placed) in places.items():
         own = statistics[placed.site.id]

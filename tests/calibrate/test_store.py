@@ -119,7 +119,7 @@ def test_what_took_no_time_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyP
 def test_the_key_is_of_names_values_and_shapes() -> None:
     ids = tokens()
     keys = {
-        run_key(family("llama", seed=seed), graph, text, *parts)
+        run_key(family("llama", seed=seed), graph, [text], *parts)
         for seed in (0, 1)
         for graph in ("a", "b")
         for text in (ids, ids[:-1])

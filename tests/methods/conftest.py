@@ -6,6 +6,7 @@ from fixtures.families import family, tokens
 from torch import nn
 
 from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.calibrate.text import Calibration
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.prepare import read_patterns, survey_model
 from modegpt_graph.methods.common import Setting
@@ -37,5 +38,5 @@ def _setting(model: Any) -> Setting:
     )
     modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
     observed = calibrate(model, modules, layers, ids, value_inputs=True)
-    sizes = matrix_sizes(surveyed.trace)
-    return Setting(model, surveyed, modules, layers, sizes, ids, observed, 0, NullProgress())
+    sizes, text = matrix_sizes(surveyed.trace), Calibration(ids, "random tokens")
+    return Setting(model, surveyed, modules, layers, sizes, text, observed, 0, NullProgress())

@@ -100,7 +100,7 @@ def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones(name: str) -> None:
     others = {path: path != broken for path in consumers}
     unchanged = {name: value.clone() for name, value in smaller.state_dict().items()}
     before = kl_divergence(dense, smaller, tokens(1))
-    recalibrate(dense, smaller, layers(dense), others, tokens())
+    recalibrate(dense, smaller, layers(dense), others, [tokens()])
     assert kl_divergence(dense, smaller, tokens(1)) < 0.7 * before
     changed = {name for name, value in smaller.state_dict().items() if not torch.equal(value, unchanged[name])}
     assert changed == {f"{path}.weight" for path, may in others.items() if may}
@@ -109,7 +109,7 @@ def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones(name: str) -> None:
 def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
     dense = family("llama")
     smaller = copy.deepcopy(dense)
-    recalibrate(dense, smaller, layers(dense), paths(dense, "o_proj", "down_proj"), tokens())
+    recalibrate(dense, smaller, layers(dense), paths(dense, "o_proj", "down_proj"), [tokens()])
     torch.testing.assert_close(smaller.state_dict(), dense.state_dict(), rtol=0, atol=1e-6)
 
 

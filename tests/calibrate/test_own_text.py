@@ -1,0 +1,93 @@
+import pytest
+import torch
+from fixtures import library
+from fixtures.families import family, tokens
+from torch import nn
+
+import modegpt_graph as mg
+from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.calibrate.sampling import own_windows, sample_windows
+from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics
+from modegpt_graph.evaluate import compare
+from modegpt_graph.match.decoder import decoder_layers
+from modegpt_graph.match.prepare import read_patterns, survey_model
+from modegpt_graph.models import resolve
+
+
+class Plain(nn.Module):
+    """A model without `generate` and cache."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens, use_cache=False).logits
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_cache_changes_nothing_of_what_is_written(name):
+    model = family(name)
+    written = sample_windows(model, 8, 12, start_token=3)
+    assert torch.equal(written, sample_windows(Plain(model), 8, 12, start_token=3))
+
+
+def test_as_many_tokens_as_their_share():
+    text = tokens(16, 128)
+    assert own_windows(family("llama"), text, 0.5, seed=1).shape == (8, 128)
+
+
+def test_none_where_they_are_few_or_dear():
+    assert own_windows(family("llama"), tokens(16, 128), 0.25, seed=1) is None
+    assert own_windows(Plain(family("llama")), tokens(64, 128), 0.5, seed=1) is None
+
+
+@pytest.mark.parametrize("build", [lambda: family("llama"), lambda: library.build("mixtral", "cpu")])
+def test_statistics_of_two_texts_are_those_of_both(build):
+    model, first, second = build(), tokens(3, 16, seed=1), tokens(5, 16, seed=2)
+    surveyed = survey_model(resolve(model), read_patterns())
+    modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
+    found = calibrate(model, modules, layers, first) + calibrate(model, modules, layers, second)
+    whole = calibrate(model, modules, layers, torch.cat([first, second]))
+    assert found.tokens == whole.tokens
+    torch.testing.assert_close(found.importance, whole.importance)
+    for site, expected in whole.statistics.items():
+        one = found.statistics[site]
+        if isinstance(expected, ScoreStatistics):
+            pairs = [(one.queries, expected.queries), (one.keys, expected.keys)]
+        elif isinstance(expected, ExpertStatistics):
+            pairs = list(zip(one.grams, expected.grams, strict=True))
+        else:
+            pairs = [(one.gram, expected.gram)]
+        for sums, wanted in pairs:
+            torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """Text of four of the model's tokens."""
+    return tokens(48, 128, vocabulary=5)
+
+
+def test_other_texts_suffer_less(narrow):
+    model = family("llama")
+    asked = {"calibration": narrow, "evaluate": False, "recalibrate": False, "cache": False, "allocator": "uniform"}
+    written = sample_windows(model, 32, 32, seed=5)
+    losses = [compare(model, mg.compress(model, 0.4, own_text=own, **asked).model, written).kl for own in (True, False)]
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_the_report_says_so(narrow):
+    said = {}
+    for asked in ({}, {"own_text": False}, {"preset": "paper"}):
+        result = mg.compress(family("llama"), 0.3, calibration=narrow, evaluate=False, cache=False, **asked)
+        said[str(asked)] = result.report.to_json()["compression"]["calibration"]
+    with_own, without, paper = said.values()
+    assert with_own == "token ids as given, 48 windows of 128 tokens; 12 windows of 128 tokens that the model samples"
+    assert without == paper == "token ids as given, 48 windows of 128 tokens"

@@ -288,7 +288,7 @@ def prepare(
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     sites = [placed.site.id for one in modules for placed in one.placed]
-    if own_text:
+    if own_text and chosen.own_share:
         with clock("sample"), progress.stage("sample text"):
             text = text.with_own(dense, chosen.own_share, seed)
     with clock("calibrate"):
@@ -307,9 +307,8 @@ def prepare(
             modules,
             layers,
             observed,
-            text.tokens,
+            text.parts,
             costs,
-            own=text.own,
             preset=chosen,
             memory=memory,
             progress=progress,

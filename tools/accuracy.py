@@ -131,9 +131,8 @@ class Run:
                 of.modules,
                 of.layers,
                 observed,
-                of.tokens,
+                text.parts,
                 of.costs,
-                own=text.own,
                 preset=preset,
             )
 

@@ -28,7 +28,7 @@ def own_windows(model: nn.Module, tokens: Tensor, share: float, seed: int) -> Te
     """
     window = min(OWN_WINDOW, tokens.shape[1])
     windows = int(share * tokens.numel()) // window
-    if windows < FEWEST_OWN_WINDOWS or not can_generate(model) or cache_keyword(model) is None:
+    if windows < FEWEST_OWN_WINDOWS or _cache_keyword(model) is None:
         return None
     try:
         return sample_windows(model, windows, window, seed)
@@ -50,7 +50,7 @@ def sample_windows(
         torch.manual_seed(seed)
         first = _first_tokens(model, windows, start_token)
         try:
-            return _written(model, first, window) if can_generate(model) else _continued(model, first, window)
+            return _continued(model, first, window)
         except FloatingPointError:
             advice = overflow_advice(next(model.parameters()).dtype)
             raise OverflowedActivations(f"sampling from the model met non-finite probabilities; {advice}") from None
@@ -70,12 +70,11 @@ def _first_tokens(model: nn.Module, windows: int, start_token: int | None) -> Te
     return torch.randint(vocabulary, (windows, 1)).to(device)
 
 
-def _written(model: Any, first: Tensor, window: int) -> Tensor:
-    """One token after the other, with the model's cache where it has one."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)  # every window is to be full
-    tokens, cache, keyword = first, None, cache_keyword(model)
+def _continued(model: Any, first: Tensor, window: int) -> Tensor:
+    """One token after the other, with the model's cache where it has one; no end of text, so that windows are full."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    tokens, cache, keyword = first, None, _cache_keyword(model)
     for _ in range(window - 1):
         if keyword is None:
             logits = forward_logits(model, tokens)
@@ -89,12 +88,9 @@ def _written(model: Any, first: Tensor, window: int) -> Tensor:
     return tokens.cpu()
 
 
-def _continued(model: nn.Module, first: Tensor, window: int) -> Tensor:
-    tokens = first
-    for _ in range(window - 1):
-        probabilities = forward_logits(model, tokens)[:, -1].float().softmax(-1)  # (B, V)
-        tokens = torch.cat([tokens, _drawn(probabilities)], dim=1)
-    return tokens.cpu()
+def _cache_keyword(model: nn.Module) -> str | None:
+    """The argument that a model takes its cache back by; None for one that does not write with a cache."""
+    return cache_keyword(model) if can_generate(model) else None
 
 
 def _drawn(probabilities: Tensor) -> Tensor:

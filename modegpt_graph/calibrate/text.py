@@ -44,7 +44,7 @@ class Calibration:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """Token ids of both."""
+        """Token ids of all, those of the text first."""
         return (self.tokens,) if self.own is None else (self.tokens, self.own)
 
 

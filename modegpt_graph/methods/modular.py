@@ -38,9 +38,8 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
         setting.modules,
         setting.layers,
         observed,
-        text.tokens,
+        text.parts,
         count_costs(setting.dense, setting.modules, setting.surveyed.trace, setting.total),
-        own=text.own,
         preset=preset,
         progress=setting.progress,
     )

@@ -1,7 +1,7 @@
 """A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -41,10 +41,9 @@ class Decomposed:
     """What all ratios have in common. Nothing here is changed by asking for one.
 
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
-    items: parameters that a rank of each site has.   tokens: (windows, window) of the calibration text.
+    items: parameters that a rank of each site has.   texts: (windows, window) each, the calibration text first.
     costs: what all of the model and each rank costs, in every budget.   how: the algorithms that errors are of.
-    trials: how features came to be chosen.   own: (windows, window) that the model wrote itself to calibrate on.
-    memory: what earlier runs found.
+    trials: how features came to be chosen.   memory: what earlier runs found.
     """
 
     dense: nn.Module
@@ -54,11 +53,10 @@ class Decomposed:
     observed: Calibrated
     solvers: Mapping[str, Solver]
     items: tuple[Item, ...]
-    tokens: Tensor
+    texts: Sequence[Tensor]
     costs: Costs
     how: str = ""
     trials: tuple[Trial, ...] = ()
-    own: Tensor | None = None
     memory: Memory = field(default_factory=Memory, repr=False)
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
@@ -88,9 +86,9 @@ class Decomposed:
         return {site: self.divergences[site][rank] for site, rank in ranks.items()}
 
     @property
-    def texts(self) -> tuple[Tensor, ...]:
-        """All that was calibrated on."""
-        return (self.tokens,) if self.own is None else (self.tokens, self.own)
+    def tokens(self) -> Tensor:
+        """(windows, window) of the calibration text: what sites do to the logits is measured on it alone."""
+        return self.texts[0]
 
     @property
     def total(self) -> int:
@@ -180,10 +178,9 @@ def decompose(
     modules: tuple[SiteModule, ...],
     layers: tuple[str, ...],
     observed: Calibrated,
-    tokens: Tensor,
+    texts: Sequence[Tensor],
     costs: Costs,
     *,
-    own: Tensor | None = None,
     preset: Preset = PRESETS["default"],
     memory: Memory | None = None,
     progress: Progress | None = None,
@@ -206,7 +203,7 @@ def decompose(
     if preset.tries_selections:
         surgeon = replace(preset.recipe, selection="surgeon")
         changed, trials = try_selections(
-            dense, modules, layers, items, solvers, lambda one: made(one, surgeon), tokens, how, memory, progress
+            dense, modules, layers, items, solvers, lambda one: made(one, surgeon), texts[0], how, memory, progress
         )
     return Decomposed(
         dense,
@@ -216,11 +213,10 @@ def decompose(
         observed,
         solvers | changed,
         items,
-        tokens,
+        texts,
         costs,
         how=f"{how}, by the surgeon: {sorted(changed)}",
         trials=trials,
-        own=own,
         memory=memory,
         progress=progress,
     )

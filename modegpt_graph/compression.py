@@ -288,9 +288,9 @@ def prepare(
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     sites = [placed.site.id for one in modules for placed in one.placed]
-    if own_text and chosen.own_share:
-        with clock("sample"), progress.stage("sample text"):
-            text = text.with_own(dense, chosen.own_share, seed)
+    if own_text:
+        with clock("tokens"):
+            text = text.with_own(dense, chosen.own_share, seed, progress)
     with clock("calibrate"):
         memory = Memory()
         if cache:

@@ -15,12 +15,15 @@ from modegpt_graph.models import (
     logits_of,
     overflow_advice,
 )
+from modegpt_graph.progress import NullProgress, Progress
 
 OWN_WINDOW = 128
 FEWEST_OWN_WINDOWS = 8
 
 
-def own_windows(model: nn.Module, tokens: Tensor, share: float, seed: int) -> Tensor | None:
+def own_windows(
+    model: nn.Module, tokens: Tensor, share: float, seed: int, progress: Progress | None = None
+) -> Tensor | None:
     """What the model writes itself, `share` as many tokens as the calibration text `tokens` (windows, window) has.
 
     None where these are too few to tell of anything, and for a model that does not write, or without a cache: every
@@ -31,7 +34,8 @@ def own_windows(model: nn.Module, tokens: Tensor, share: float, seed: int) -> Te
     if windows < FEWEST_OWN_WINDOWS or _cache_keyword(model) is None:
         return None
     try:
-        return sample_windows(model, windows, window, seed)
+        with (progress or NullProgress()).stage("sample text"):
+            return sample_windows(model, windows, window, seed)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
 

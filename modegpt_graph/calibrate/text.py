@@ -11,6 +11,7 @@ from modegpt_graph.calibrate.sampling import own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
+from modegpt_graph.progress import Progress
 
 SELF = "self"
 # Text that the model writes costs a forward pass per token: fewer tokens than are read from a file.
@@ -35,9 +36,9 @@ class Calibration:
     is_sampled: bool = False
     own: Tensor | None = None
 
-    def with_own(self, model: nn.Module, share: float, seed: int) -> "Calibration":
+    def with_own(self, model: nn.Module, share: float, seed: int, progress: Progress | None = None) -> "Calibration":
         """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it."""
-        own = None if self.is_sampled or not share else own_windows(model, self.tokens, share, seed)
+        own = None if self.is_sampled or not share else own_windows(model, self.tokens, share, seed, progress)
         if own is None:
             return self
         return replace(self, own=own, description=f"{self.description}; {windows_line(own)} that the model samples")

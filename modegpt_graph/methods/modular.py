@@ -29,7 +29,8 @@ def paper(setting: Setting) -> Pass:
 def _modular(setting: Setting, preset: Preset) -> Pass:
     if not setting.modules:
         raise Unavailable("no site can be made smaller; `analyze` says why")
-    text, observed = setting.text.with_own(setting.dense, preset.own_share, setting.seed), setting.observed
+    text = setting.text.with_own(setting.dense, preset.own_share, setting.seed, setting.progress)
+    observed = setting.observed
     if text.own is not None:
         observed += calibrate(setting.dense, setting.modules, setting.layers, text.own, setting.progress)
     decomposed = decompose(

@@ -1,6 +1,7 @@
 """Text that a model samples itself, for calibration where there is no other, and beside what there is."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +18,19 @@ from modegpt_graph.models import (
 )
 from modegpt_graph.progress import NullProgress, Progress
 
+Start = int | Literal["any"] | None
+ANY: Start = "any"
 OWN_WINDOW = 128
 FEWEST_OWN_WINDOWS = 8
+LIKELY = 0.7  # temperature of every other own window: what is asked of models is likelier text than what they draw
 
 
 def own_windows(
-    model: nn.Module, tokens: Tensor, share: float, seed: int, progress: Progress | None = None
+    model: nn.Module, tokens: Tensor, share: float, seed: int, start: Start = None, progress: Progress | None = None
 ) -> Tensor | None:
     """What the model writes itself, `share` as many tokens as the calibration text `tokens` (windows, window) has.
 
+    start: what every window begins with, as in `sample_windows`, at two temperatures.   Returns (windows, window), or
     None where these are too few to tell of anything, and for a model that does not write, or without a cache: every
     token would cost a pass over all before it.
     """
@@ -35,50 +40,58 @@ def own_windows(
         return None
     try:
         with (progress or NullProgress()).stage("sample text"):
-            return sample_windows(model, windows, window, seed)
+            return sample_windows(model, windows, window, seed, start, temperatures=(1.0, LIKELY))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
 
 
 @torch.no_grad()
 def sample_windows(
-    model: nn.Module, windows: int = 64, window: int = 128, seed: int = 0, start_token: int | None = None
+    model: nn.Module,
+    windows: int = 64,
+    window: int = 128,
+    seed: int = 0,
+    start: Start = None,
+    temperatures: Sequence[float] = (1.0,),
 ) -> Tensor:
-    """Seeded ancestral sampling at temperature 1: (windows, window) int64, all windows in one batch.
+    """Seeded ancestral sampling: (windows, window) int64, all windows in one batch, at each temperature in turn.
 
-    Each window starts with `start_token`, else the model's own beginning-of-text token, else a token drawn evenly. No
-    other ends it. A key/value cache is used where the model has one; any other is called on the growing prefix. The
-    global generator is left alone. Raises OverflowedActivations where the model's probabilities are not finite.
+    start: the token that each window begins with; ANY for one drawn evenly; by default the model's own beginning of
+    text, else ANY. No end of text is drawn. A key/value cache is used where the model has one; any other is called on
+    the growing prefix. The global generator is left alone.
+    Raises OverflowedActivations where the model's probabilities are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first = _first_tokens(model, windows, start_token)
+        first = _first_tokens(model, windows, start)
         try:
-            return _continued(model, first, window)
+            return _continued(model, first, window, temperatures)
         except FloatingPointError:
             advice = overflow_advice(next(model.parameters()).dtype)
             raise OverflowedActivations(f"sampling from the model met non-finite probabilities; {advice}") from None
 
 
-def _first_tokens(model: nn.Module, windows: int, start_token: int | None) -> Tensor:
+def _first_tokens(model: nn.Module, windows: int, start: Start) -> Tensor:
     """(windows, 1) token ids to begin with."""
-    if start_token is None:
+    token: Any = start
+    if start is None:
         config: Any = getattr(model, "generation_config", None) or getattr(model, "config", None)
-        start_token = getattr(config, "bos_token_id", None)
-    if isinstance(start_token, (list, tuple)):
-        start_token = start_token[0] if start_token else None
+        token = getattr(config, "bos_token_id", None)
+    if isinstance(token, (list, tuple)):
+        token = token[0] if token else None
     device = device_of(model)
-    if start_token is not None:
-        return torch.full((windows, 1), start_token, dtype=torch.int64, device=device)
+    if token is not None and token != ANY:
+        return torch.full((windows, 1), token, dtype=torch.int64, device=device)
     vocabulary = forward_logits(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
     return torch.randint(vocabulary, (windows, 1)).to(device)
 
 
-def _continued(model: Any, first: Tensor, window: int) -> Tensor:
+def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[float]) -> Tensor:
     """One token after the other, with the model's cache where it has one; no end of text, so that windows are full."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     tokens, cache, keyword = first, None, _cache_keyword(model)
+    divisors = torch.tensor(temperatures, device=first.device)[torch.arange(len(first)) % len(temperatures), None]
     for _ in range(window - 1):
         if keyword is None:
             logits = forward_logits(model, tokens)
@@ -88,7 +101,7 @@ def _continued(model: Any, first: Tensor, window: int) -> Tensor:
             logits, cache = logits_of(output), cache_of(output)
         following = logits[:, -1].float()
         following[:, barred] = -torch.inf
-        tokens = torch.cat([tokens, _drawn(following.softmax(-1))], dim=1)
+        tokens = torch.cat([tokens, _drawn((following / divisors).softmax(-1))], dim=1)
     return tokens.cpu()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.sampling import own_windows, sample_windows
+from modegpt_graph.calibrate.sampling import ANY, Start, own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
@@ -27,18 +27,26 @@ class Calibration:
 
     tokens: (windows, window) int64.   description: what the text is, in words, for the report.
     fallback_reason: why the text is not the one that was asked for; None where it is.   is_sampled: whether the model
-    wrote it.   own: (windows, window) that the model wrote besides; None for none.
+    wrote it.   start: what the tokenizer begins a text with, ANY for nothing; None where that is not known.
+    own: (windows, window) that the model wrote besides; None for none.
     """
 
     tokens: Tensor
     description: str
     fallback_reason: str | None = None
     is_sampled: bool = False
+    start: Start = None
     own: Tensor | None = None
 
     def with_own(self, model: nn.Module, share: float, seed: int, progress: Progress | None = None) -> "Calibration":
-        """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it."""
-        own = None if self.is_sampled or not share else own_windows(model, self.tokens, share, seed, progress)
+        """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it.
+
+        They begin as the tokenizer begins a text: a model may never have seen another beginning, and without one the
+        same few topics come first.
+        """
+        if self.is_sampled or not share:
+            return self
+        own = own_windows(model, self.tokens, share, seed, self.start, progress)
         if own is None:
             return self
         return replace(self, own=own, description=f"{self.description}; {windows_line(own)} that the model samples")
@@ -95,7 +103,8 @@ def calibration_windows(
     chosen = order[:windows].sort().values
     tokens = ids[: available * window].view(available, window)[chosen]
     fewer = f"; {windows} of {asked:,} were asked for" if (available < windows or window < asked) else ""
-    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}")
+    start = int(ids[0]) if int(ids[0]) in getattr(tokenizer, "all_special_ids", ()) else ANY
+    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start)
 
 
 def held_out_windows(

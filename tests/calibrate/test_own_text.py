@@ -6,12 +6,23 @@ from torch import nn
 
 import modegpt_graph as mg
 from modegpt_graph.calibrate.observe import calibrate
-from modegpt_graph.calibrate.sampling import own_windows, sample_windows
+from modegpt_graph.calibrate.sampling import ANY, own_windows, sample_windows
 from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics
+from modegpt_graph.calibrate.text import calibration_windows
 from modegpt_graph.evaluate import compare
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.prepare import read_patterns, survey_model
 from modegpt_graph.models import resolve
+
+
+class Numbers:
+    """The numbers in a text, as token ids, after special ones."""
+
+    def __init__(self, special):
+        self.all_special_ids = list(special)
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [*self.all_special_ids, *map(int, text.split())]}
 
 
 class Plain(nn.Module):
@@ -34,8 +45,34 @@ def no_grad():
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_the_cache_changes_nothing_of_what_is_written(name):
     model = family(name)
-    written = sample_windows(model, 8, 12, start_token=3)
-    assert torch.equal(written, sample_windows(Plain(model), 8, 12, start_token=3))
+    written = sample_windows(model, 8, 12, start=3)
+    assert torch.equal(written, sample_windows(Plain(model), 8, 12, start=3))
+
+
+def test_windows_begin_as_they_are_told():
+    model = family("llama")
+    assert set(sample_windows(model, 8, 3, start=5)[:, 0].tolist()) == {5}
+    assert len(set(sample_windows(model, 64, 3, start=ANY)[:, 0].tolist())) > 8
+
+
+def test_every_other_window_is_likelier():
+    model = family("llama")
+    written = sample_windows(model, 64, 32, start=ANY, temperatures=(1.0, 0.05))
+    logits = model(written).logits[:, :-1].log_softmax(-1)
+    own = logits.gather(2, written[:, 1:, None]).mean(dim=(1, 2))
+    assert own[1::2].min() > own[::2].max()
+
+
+def test_own_text_begins_as_the_tokenizer_begins_a_text(tmp_path):
+    """A tokenizer that puts its own token before a text; one that puts none."""
+    (tmp_path / "text.txt").write_text(" ".join(str(number % 90) for number in range(8000)))
+    starts = {}
+    for special in ((7,), ()):
+        tokenizer = Numbers(special)
+        text = calibration_windows(tmp_path / "text.txt", tokenizer, windows=32, window=128)
+        starts[special] = text.with_own(family("llama"), 0.5, seed=1).own[:, 0]
+    assert set(starts[7,].tolist()) == {7}
+    assert len(starts[()].unique()) > 4
 
 
 def test_as_many_tokens_as_their_share():

@@ -1,5 +1,6 @@
 """Models that several tests share: the demo model with its real weights, and tiny random ones."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ from torch import nn
 from modegpt_graph.models import ModelSource, resolve
 
 sys.path.insert(0, str(Path(__file__).parent))  # `from fixtures import …`: the models that the rooms share
+
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # tests side by side share the cores
 
 
 @pytest.fixture(scope="session")

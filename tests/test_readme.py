@@ -13,7 +13,7 @@ from modegpt_graph.cli import app
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST = "pip install . && modegpt-graph compress demo --ratio 0.3 --out small"
-TESTS = "pip install -e '.[test]' && pytest -q"
+TESTS = "pip install -e '.[test]' && pytest -q -n 2 --dist loadfile"
 
 
 def blocks(language: str) -> list[str]:

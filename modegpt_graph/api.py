@@ -127,8 +127,8 @@ def compress(
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
     which costs two to three more passes over the calibration text, for each ratio that a search tries; as the preset
     has it where None.
-    own_text: whether the model also samples text to calibrate on, a quarter of the calibration text; other texts than
-    that suffer less then. Not with `paper`.
+    own_text: whether the model also samples text to calibrate on, 15 % as much as is given; other texts than that
+    suffer less then. Not with `paper`.
     cache: whether what calibration found in an earlier run of the same model, text and code is used again, and long
     work is kept for later runs.
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, a goal that cannot be met, unknown

@@ -138,7 +138,7 @@ def compress(
         typer.Option(
             "--own-text/--no-own-text",
             rich_help_panel=options.CALIBRATION,
-            help="Also calibrate on text that the model samples itself, a quarter as much as of --calib, so that other "
+            help="Also calibrate on text that the model samples itself, 15 % as much as of --calib, so that other "
             "texts suffer less. Not with --preset paper.",
         ),
     ] = True,

@@ -109,7 +109,7 @@ def test_statistics_of_two_texts_are_those_of_both(build):
 @pytest.fixture(scope="module")
 def narrow():
     """Text of four of the model's tokens."""
-    return tokens(48, 128, vocabulary=5)
+    return tokens(64, 128, vocabulary=5)
 
 
 def test_other_texts_suffer_less(narrow):
@@ -126,5 +126,5 @@ def test_the_report_says_so(narrow):
         result = mg.compress(family("llama"), 0.3, calibration=narrow, evaluate=False, cache=False, **asked)
         said[str(asked)] = result.report.to_json()["compression"]["calibration"]
     with_own, without, paper = said.values()
-    assert with_own == "token ids as given, 48 windows of 128 tokens; 12 windows of 128 tokens that the model samples"
-    assert without == paper == "token ids as given, 48 windows of 128 tokens"
+    assert with_own == "token ids as given, 64 windows of 128 tokens; 9 windows of 128 tokens that the model samples"
+    assert without == paper == "token ids as given, 64 windows of 128 tokens"

@@ -189,7 +189,11 @@ def _matrices(
             solution = solution if outline.experts is None else solution.of_copy(copy)
             places, sources = slots(layout, [kept.shape[1] for kept in solution.kept]), taken(layout, solution.kept)
             for role, linear in outline.producers.items():
-                _select_rows(matrix(linear, copy), layout.members[role], places, sources, solution.maps.get(role))
+                own = matrix(linear, copy)
+                _select_rows(own, layout.members[role], places, sources, solution.maps.get(role))
+                if role in solution.rows:
+                    targets = _targets(layout.members[role], places)
+                    own.weight[targets] = solution.rows[role].to(own.weight.dtype)
             for role, linear in outline.consumers.items():
                 _select_columns(matrix(linear, copy), layout.members[role], places, sources, solution.refits.get(role))
     for weight in one.producers:
@@ -245,6 +249,21 @@ def refit_in(linear: nn.Linear, members: Tensor, layout: Layout, solution: Solut
     stays = _columns_that_stay(members, targets, linear.in_features + members.numel() - targets.numel())
     rows = linear.weight.detach().double().T[stays.cumsum(0)[targets] - 1]
     return rows, None if linear.bias is None else linear.bias.detach().double()
+
+
+def rows_in(linear: nn.Linear, members: Mapping[str, Tensor], layout: Layout, solution: Solution) -> dict[str, Tensor]:
+    """Role → the (G, g, k, D) rows that a rewritten producer has for a site's features, in float64.
+
+    members: role → (G, g, d) output rows that it had there before the rewrite.
+    """
+    places = slots(layout, [kept.shape[1] for kept in solution.kept])
+    targets = {role: _targets(own, places) for role, own in members.items()}
+    dropped = sum(own.numel() - targets[role].numel() for role, own in members.items())
+    stays = torch.ones(linear.out_features + dropped, dtype=torch.bool)
+    for role, own in members.items():
+        stays &= _columns_that_stay(own, targets[role], len(stays))
+    rows = linear.weight.detach().double()
+    return {role: rows[stays.cumsum(0)[own] - 1] for role, own in targets.items()}
 
 
 def _targets(members: Tensor, places: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class SteppedPass(threading.Thread):
 
     def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(daemon=True)
-        self.state: dict[str, Any] = {}
+        self.state: dict[Any, Any] = {}
         self._work = work
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         self._value: Any = None

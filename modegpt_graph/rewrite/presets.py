@@ -18,7 +18,7 @@ class Preset:
 
     value_inputs: whether calibration also collects what value projections read.
     tries_selections: whether the surgeon chooses features where it does less to the logits than the recipe's leverage.
-    recalibrates: whether consumers are fitted again, layer by layer, in the smaller model.
+    recalibrates: whether consumers, and producers that scale, are fitted again, layer by layer, in the smaller model.
     own_share: tokens that the model samples itself to calibrate on, for each of the calibration text. One kind of text
     shows few of a model's features at work; what is fitted to it alone is lost on others.
     """

@@ -3,20 +3,24 @@
 The one-shot solutions are fitted to the inputs that each site has in the dense model. In the smaller model a site reads
 what the sites before it have left. So both models go over the calibration tokens side by side; at every consumer the
 smaller model's features are fitted to the dense model's output plus all that the residual stream has lost so far, and
-the passes go on with the new matrix. Nothing but the consumers changes.
+the passes go on with the new matrix. Where a producer does nothing but scale the features, as a gated MLP's up
+projection, they are linear in it too: it is fitted to what the consumer leaves. Nothing else changes.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.statistics import Gram
 from modegpt_graph.decompose.correction import correction, step_length
+from modegpt_graph.decompose.scaled import ScaledRows, scaled_direction, scaled_step_length
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
+from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
 from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, stream_entries
 
 RIDGE = 0.1  # relative to the mean diagonal; smaller ones follow the calibration text too closely
@@ -24,6 +28,7 @@ TOKENS_PER_PASS = 4096
 PASSES = (4, 16)  # at least and at most, where there are as many windows
 HELD_OUT = 4  # every fourth pass is left out of the fit that finds the length of the step
 PROBE_TOKENS = 64
+FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative too; they left least of other text's error
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
 
 
@@ -34,11 +39,13 @@ def recalibrate(
     consumers: Mapping[str, bool],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
+    producers: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Change the weights (and biases) of `smaller`'s consumers in place.
+    """Change the weights (and biases) of `smaller`'s consumers in place, and the weights of producers that scale.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
-    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.
+    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   producers:
+    consumer → paths of linear modules that its features come of, and nothing else does.
     A layer is left as it is where its output is not its input plus what its consumers put out, scaled or not (experts,
     say), for then what the stream has lost is not known there.
     """
@@ -47,10 +54,13 @@ def recalibrate(
     batches = [batch for tokens in texts for batch in _batches(tokens)]
     if not wanted or len(batches) < 2:
         return
+    scalings = find_scalings(
+        smaller, {path: own for path, own in (producers or {}).items() if path in wanted}, texts[0][:1, :PROBE_TOKENS]
+    )
     with (
         (progress or NullProgress()).stage("recalibrate", len(wanted)) as stage,
-        _hooked(dense, layers, entries, stops_after=wanted),
-        _hooked(smaller, layers, entries, stops_before=wanted),
+        _hooked(dense, layers, entries, {}, stops_after=wanted),
+        _hooked(smaller, layers, entries, scalings, stops_before=wanted),
     ):
         passes = [(_pass(dense, batch), _pass(smaller, batch)) for batch in batches]
         try:
@@ -63,6 +73,7 @@ def recalibrate(
                 _fit(
                     _Branch(smaller, path, entry),
                     [(_target(*pair, entry.constant), pair[1].state["features"]) for pair in passes],
+                    scalings.get(path),
                 )
                 stage.advance()
         finally:
@@ -94,48 +105,91 @@ def _exact(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+@dataclass(frozen=True)
+class _Features:
+    """What a consumer is to read: as they are, or slopes that multiply what a producer makes of its inputs."""
+
+    values: Tensor
+    inputs: Tensor | None = None
+    scaling: Scaling | None = None
+
+    def now(self, model: nn.Module) -> Tensor:
+        """(…, K) with the producer's matrix as it is now."""
+        if self.scaling is None or self.inputs is None:
+            return self.values
+        return self.values * self.scaling.output(model, self.inputs)
+
+
 class _Branch:
     """A consumer of the smaller model, with what stands between it and the stream."""
 
     def __init__(self, model: nn.Module, path: str, entry: Entry) -> None:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        self.linear, self._gains = linear, entry.gains
+        self.model, self.linear, self._gains = model, linear, entry.gains
         self._follower = None if entry.follower is None else model.get_submodule(entry.follower)
 
     def left(self, target: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, K) features and (T, D) what their product with a change of the matrix should be.
+        """(T, 1) weights of rows, and (T, D) what the weighed features' product with a change of the matrix should be.
 
         Where a module follows, rows are weighed by what it scales them with, and columns divided by its gains: to first
         order that is the change of what enters the stream.
         """
         output = self.linear(features)
         branch = output if self._follower is None else self._follower(output)
-        features, output, branch, target = (_exact(one).flatten(0, -2) for one in (features, output, branch, target))
+        output, branch, target = (_exact(one).flatten(0, -2) for one in (output, branch, target))
         missing = target - branch
         if self._gains is None:
-            return features, missing
-        gains = self._gains.to(features.dtype)
+            return missing.new_ones(len(missing), 1), missing
+        gains = self._gains.to(missing.dtype)
         used = gains.abs() > SMALLEST_GAIN * gains.abs().max()
-        return features * row_scales(output, branch, gains), torch.where(used, missing / gains, 0.0)
+        return row_scales(output, branch, gains), torch.where(used, missing / gains, 0.0)
 
 
-def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], scaling: Scaling | None) -> None:
     """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it."""
     linear = branch.linear
     bias = linear.bias is not None
     sums = [_Sums(linear), _Sums(linear)]
-    for number, (target, features) in enumerate(passes):
-        sums[number % HELD_OUT == HELD_OUT - 1].add(*branch.left(target, features))
+    features = [read.now(branch.model) for _, read in passes]
+    for number, (target, _) in enumerate(passes):
+        weights, missing = branch.left(target, features[number])
+        sums[_is_held_out(number)].add(_exact(features[number]).flatten(0, -2) * weights, missing)
     (gram, pull), (other_gram, other_pull) = (one.result() for one in sums)
     tried = correction(gram, pull, ridge=RIDGE, bias=bias)
     length = step_length(other_gram, other_pull, *tried)
-    if not length:
-        return
-    change, offset = correction(gram + other_gram, pull + other_pull, ridge=RIDGE, bias=bias)
-    linear.weight.data = (linear.weight.double() + length * change.T).to(linear.weight.dtype)
-    if linear.bias is not None and offset is not None:
-        linear.bias.data = (linear.bias.double() + length * offset).to(linear.bias.dtype)
+    if length:
+        change, offset = correction(gram + other_gram, pull + other_pull, ridge=RIDGE, bias=bias)
+        linear.weight.data = (linear.weight.double() + length * change.T).to(linear.weight.dtype)
+        if linear.bias is not None and offset is not None:
+            linear.bias.data = (linear.bias.double() + length * offset).to(linear.bias.dtype)
+    if scaling is not None:
+        _fit_producer(branch, passes, features, scaling)
+
+
+def _fit_producer(
+    branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], features: Sequence[Tensor], scaling: Scaling
+) -> None:
+    """Move a producer that scales the features towards what the consumer leaves, as far as held-out passes gain."""
+    rows: tuple[list[ScaledRows], list[ScaledRows]] = [], []
+    for number, (target, read) in enumerate(passes):
+        assert read.inputs is not None
+        weights, missing = branch.left(target, features[number])
+        inputs, slopes = (_exact(one).flatten(0, -2) for one in (read.inputs, read.values))
+        rows[_is_held_out(number)].append(ScaledRows(inputs, slopes * weights, missing))
+    consumer = _exact(branch.linear.weight)
+    change = scaled_direction(rows[0], consumer, feature_ridge=FEATURE_RIDGE, input_ridge=INPUT_RIDGE)
+    length = scaled_step_length(rows[1], consumer, change)
+    if length:
+        producer = branch.model.get_submodule(scaling.path)
+        assert isinstance(producer, nn.Linear)
+        weight = producer.weight.detach().to(change.dtype, copy=True)
+        weight[scaling.rows] += length * change
+        producer.weight.data = weight.to(producer.weight.dtype)
+
+
+def _is_held_out(number: int) -> bool:
+    return number % HELD_OUT == HELD_OUT - 1
 
 
 class _Sums:
@@ -160,6 +214,7 @@ def _hooked(
     model: nn.Module,
     layers: Sequence[str],
     entries: Mapping[str, Entry],
+    scalings: Mapping[str, Scaling],
     *,
     stops_before: Collection[str] = (),
     stops_after: Collection[str] = (),
@@ -174,11 +229,23 @@ def _hooked(
             own.state["stream"] = layer_input(args, kwargs)
 
     def before(path: str):
-        def hook(_: nn.Module, args: tuple) -> None:
-            if (own := current_pass()) is not None:
-                own.state["features"] = args[0]
-                own.stop(path)
-                del own.state["features"]
+        def hook(_: nn.Module, args: tuple) -> tuple | None:
+            if (own := current_pass()) is None:
+                return None
+            features = _Features(args[0], own.state.pop(("inputs", path), None), scalings.get(path))
+            own.state["features"] = features
+            own.stop(path)
+            del own.state["features"]
+            return features.now(model), *args[1:]
+
+        return hook
+
+    def slopes_of(path: str, scaling: Scaling):
+        def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if (own := current_pass()) is None:
+                return None
+            own.state["inputs", path] = args[0]
+            return with_ones(output, scaling.rows)
 
         return hook
 
@@ -195,6 +262,8 @@ def _hooked(
 
     handles = []
     try:
+        for path, scaling in scalings.items():
+            handles.append(model.get_submodule(scaling.path).register_forward_hook(slopes_of(path, scaling)))
         for path in layers:
             handles.append(model.get_submodule(path).register_forward_pre_hook(enter, with_kwargs=True))
         for path, entry in entries.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
 from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.progress import Progress
-from modegpt_graph.rewrite.apply import refit_in
+from modegpt_graph.rewrite.apply import refit_in, rows_in
 from modegpt_graph.rewrite.recalibrate import recalibrate
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import consumer_error, consumer_problem
@@ -25,7 +25,7 @@ def recalibrated(
     texts: Sequence[Tensor],
     progress: Progress | None = None,
 ) -> dict[str, Solution]:
-    """The solutions with consumers that fit what `smaller`, changed in place, really computes.
+    """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes.
 
     A consumer of several sites, which reads what they make side by side, is left as it is.
     smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
@@ -43,24 +43,52 @@ def recalibrated(
         and all(readers[one.path, product.weight] == 1 for product in placed.footprint.outline.consumers.values())
         for path, (one, placed) in places.items()
     }
-    before = {path: smaller.get_parameter(f"{path}.weight").data for path in places}
-    recalibrate(dense, smaller, layers, may_change, texts, progress)
+    producers = {path: _producers(smaller, *places[path]) for path, may in may_change.items() if may}
+    watched = {*places, *(path for own in producers.values() for path in own)}
+    before = {path: smaller.get_parameter(f"{path}.weight").data_ptr() for path in watched}
+    recalibrate(
+        dense, smaller, layers, may_change, texts, progress, {path: list(own) for path, own in producers.items()}
+    )
+    changed = {path for path, place in before.items() if smaller.get_parameter(f"{path}.weight").data_ptr() != place}
     found = dict(solutions)
     for path, (one, placed) in places.items():
-        own = statistics[placed.site.id]
-        linear = smaller.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        unchanged = linear.weight.data_ptr() == before[path].data_ptr()
-        if not may_change[path] or unchanged or not isinstance(own, ConsumerStatistics):
+        layout, id = placed.footprint.layout, placed.site.id
+        for producer, members in producers.get(path, {}).items():
+            if producer in changed:
+                rows = rows_in(_linear(smaller, producer), members, layout, found[id])
+                found[id] = replace(found[id], rows={**found[id].rows, **rows})
+        own = statistics[id]
+        if path not in changed or not isinstance(own, ConsumerStatistics):
             continue
         ((role, product),) = placed.footprint.outline.consumers.items()
-        layout = placed.footprint.layout
         members = layout.members[role]
-        refit = refit_in(linear, members, layout, solutions[placed.site.id])
-        changed = replace(solutions[placed.site.id], refits={role: refit})
+        refit = refit_in(_linear(smaller, path), members, layout, found[id])
+        fitted = replace(found[id], refits={role: refit})
         problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
-        error = consumer_error(problem, members, layout, changed)
-        found[placed.site.id] = replace(changed, relative_error=error)
+        found[id] = replace(fitted, relative_error=consumer_error(problem, members, layout, fitted))
+    return found
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str, dict[str, Tensor]]:
+    """Path of each producer that is a linear module of this site alone → role → (G, g, d) its rows there."""
+    found: dict[str, dict[str, Tensor]] = {}
+    others = {
+        product.weight
+        for other in one.placed
+        if other.site.id != placed.site.id
+        for product in other.footprint.outline.linears.values()
+    }
+    for role, product in placed.footprint.outline.producers.items():
+        inner = projection_module(one, product)
+        path = ".".join(filter(None, (one.path, inner))) if inner is not None else None
+        if path is not None and product.weight not in others and type(smaller.get_submodule(path)) is nn.Linear:
+            found.setdefault(path, {})[role] = placed.footprint.layout.members[role]
     return found
 
 

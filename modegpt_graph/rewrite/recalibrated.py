@@ -13,6 +13,7 @@ from modegpt_graph.rewrite.apply import refit_in, rows_in
 from modegpt_graph.rewrite.recalibrate import recalibrate
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import consumer_error, consumer_problem
+from modegpt_graph.trace.linear import Linear
 
 
 def recalibrated(
@@ -45,27 +46,27 @@ def recalibrated(
     }
     producers = {path: _producers(smaller, *places[path]) for path, may in may_change.items() if may}
     watched = {*places, *(path for own in producers.values() for path in own)}
-    before = {path: smaller.get_parameter(f"{path}.weight").data_ptr() for path in watched}
+    before = {path: _linear(smaller, path).weight.data for path in watched}
     recalibrate(
         dense, smaller, layers, may_change, texts, progress, {path: list(own) for path, own in producers.items()}
     )
-    changed = {path for path, place in before.items() if smaller.get_parameter(f"{path}.weight").data_ptr() != place}
+    changed = {path for path, data in before.items() if _linear(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
-        layout, id = placed.footprint.layout, placed.site.id
+        layout, site = placed.footprint.layout, placed.site.id
         for producer, members in producers.get(path, {}).items():
             if producer in changed:
-                rows = rows_in(_linear(smaller, producer), members, layout, found[id])
-                found[id] = replace(found[id], rows={**found[id].rows, **rows})
-        own = statistics[id]
+                rows = rows_in(_linear(smaller, producer), members, layout, found[site])
+                found[site] = replace(found[site], rows={**found[site].rows, **rows})
+        own = statistics[site]
         if path not in changed or not isinstance(own, ConsumerStatistics):
             continue
         ((role, product),) = placed.footprint.outline.consumers.items()
         members = layout.members[role]
-        refit = refit_in(_linear(smaller, path), members, layout, found[id])
-        fitted = replace(found[id], refits={role: refit})
+        refit = refit_in(_linear(smaller, path), members, layout, found[site])
+        fitted = replace(found[site], refits={role: refit})
         problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
-        found[id] = replace(fitted, relative_error=consumer_error(problem, members, layout, fitted))
+        found[site] = replace(fitted, relative_error=consumer_error(problem, members, layout, fitted))
     return found
 
 
@@ -85,9 +86,8 @@ def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str,
         for product in other.footprint.outline.linears.values()
     }
     for role, product in placed.footprint.outline.producers.items():
-        inner = projection_module(one, product)
-        path = ".".join(filter(None, (one.path, inner))) if inner is not None else None
-        if path is not None and product.weight not in others and type(smaller.get_submodule(path)) is nn.Linear:
+        path = _linear_path(smaller, one, product)
+        if path is not None and product.weight not in others:
             found.setdefault(path, {})[role] = placed.footprint.layout.members[role]
     return found
 
@@ -98,8 +98,14 @@ def _places(smaller: nn.Module, modules: Sequence[SiteModule]) -> dict[str, tupl
     for one in modules:
         for placed in one.placed:
             for product in placed.footprint.outline.consumers.values():
-                inner = projection_module(one, product)
-                path = ".".join(filter(None, (one.path, inner))) if inner is not None else None
-                if path is not None and product.experts is None and type(smaller.get_submodule(path)) is nn.Linear:
+                path = _linear_path(smaller, one, product)
+                if path is not None and product.experts is None:
                     places[path] = (one, placed)
     return places
+
+
+def _linear_path(smaller: nn.Module, one: SiteModule, product: Linear) -> str | None:
+    """Of the `nn.Linear` in the smaller model that does nothing but this product; None where there is none."""
+    inner = projection_module(one, product)
+    path = ".".join(filter(None, (one.path, inner))) if inner is not None else None
+    return path if path is not None and type(smaller.get_submodule(path)) is nn.Linear else None

@@ -2,6 +2,7 @@ import pytest
 import torch
 from fixtures import library
 from fixtures.families import family, tokens
+from fixtures.tokenizer import Numbers
 from torch import nn
 
 import modegpt_graph as mg
@@ -13,16 +14,6 @@ from modegpt_graph.evaluate import compare
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.prepare import read_patterns, survey_model
 from modegpt_graph.models import resolve
-
-
-class Numbers:
-    """The numbers in a text, as token ids, after special ones."""
-
-    def __init__(self, special):
-        self.all_special_ids = list(special)
-
-    def __call__(self, text, verbose=True):
-        return {"input_ids": [*self.all_special_ids, *map(int, text.split())]}
 
 
 class Plain(nn.Module):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from fixtures.tokenizer import Numbers
 from torch import nn
 
 from modegpt_graph.calibrate.sampling import sample_windows
@@ -9,13 +10,6 @@ from modegpt_graph.calibrate.sources import read_text
 from modegpt_graph.calibrate.text import calibration_windows, evaluation_windows
 from modegpt_graph.errors import InputError, ModegptError
 from modegpt_graph.models import HubUnreachable
-
-
-class WordTokenizer:
-    """The numbers in a text, as token ids; called as the library's tokenizers are."""
-
-    def __call__(self, text, verbose=True):
-        return {"input_ids": [int(word) for word in text.split()]}
 
 
 class Bigram(nn.Module):
@@ -117,7 +111,7 @@ class TestReadText:
 
 class TestCalibrationWindows:
     def test_windows_are_consecutive_tokens_that_do_not_overlap(self, numbers):
-        tokens = calibration_windows(numbers, WordTokenizer(), windows=20, window=300).tokens
+        tokens = calibration_windows(numbers, Numbers(), windows=20, window=300).tokens
         assert tokens.shape == (20, 300)
         assert tokens.dtype == torch.int64
         assert (tokens.diff(dim=1) == 1).all()
@@ -126,30 +120,28 @@ class TestCalibrationWindows:
 
     def test_the_choice_follows_the_seed(self, numbers):
         first, again, other = (
-            calibration_windows(numbers, WordTokenizer(), windows=5, window=200, seed=seed).tokens for seed in (1, 1, 2)
+            calibration_windows(numbers, Numbers(), windows=5, window=200, seed=seed).tokens for seed in (1, 1, 2)
         )
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
 
     def test_fewer_windows_than_asked_for_is_said(self, numbers):
-        calibration = calibration_windows(numbers, WordTokenizer(), windows=32, window=1024)
+        calibration = calibration_windows(numbers, Numbers(), windows=32, window=1024)
         assert calibration.tokens.shape == (9, 1024)
         assert calibration.description.endswith("9 windows of 1,024 tokens; 32 of 1,024 were asked for")
         assert calibration.fallback_reason is None
 
     def test_a_text_shorter_than_a_window_is_one_window(self, tmp_path):
         (tmp_path / "a.txt").write_text(" ".join(map(str, range(200))))
-        assert torch.equal(
-            calibration_windows(tmp_path / "a.txt", WordTokenizer()).tokens, torch.arange(200).unsqueeze(0)
-        )
+        assert torch.equal(calibration_windows(tmp_path / "a.txt", Numbers()).tokens, torch.arange(200).unsqueeze(0))
 
     def test_too_short(self, tmp_path):
         (tmp_path / "a.txt").write_text(" ".join(map(str, range(100))))
         with pytest.raises(InputError, match="has 100 tokens; calibration needs 128"):
-            calibration_windows(tmp_path / "a.txt", WordTokenizer())
+            calibration_windows(tmp_path / "a.txt", Numbers())
 
     def test_windows_fit_the_models_positions(self, numbers, tiny):
-        tokens = calibration_windows(numbers, WordTokenizer(), windows=2, model=tiny()).tokens
+        tokens = calibration_windows(numbers, Numbers(), windows=2, model=tiny()).tokens
         assert tokens.shape == (2, 256)
 
     def test_token_ids_are_taken_as_they_are(self):
@@ -188,24 +180,24 @@ class TestCalibrationWindows:
 
     def test_without_a_model_there_is_no_fallback(self, no_hub):
         with pytest.raises(HubUnreachable):
-            calibration_windows("wikitext2", WordTokenizer())
+            calibration_windows("wikitext2", Numbers())
 
 
 class TestEvaluationWindows:
     def test_are_the_first_of_the_text(self, numbers):
-        tokens = evaluation_windows(numbers, WordTokenizer(), window=50, windows=3)
+        tokens = evaluation_windows(numbers, Numbers(), window=50, windows=3)
         assert torch.equal(tokens, torch.arange(150).view(3, 50))
 
     def test_all_whole_ones_by_default(self, numbers):
-        assert evaluation_windows(numbers, WordTokenizer()).shape == (4, 2048)
+        assert evaluation_windows(numbers, Numbers()).shape == (4, 2048)
 
     def test_too_short(self, numbers):
         with pytest.raises(InputError, match="fewer than one window of 20,000"):
-            evaluation_windows(numbers, WordTokenizer(), window=20_000)
+            evaluation_windows(numbers, Numbers(), window=20_000)
 
     def test_self_is_no_text_to_evaluate_on(self):
         with pytest.raises(InputError, match="self is text for calibration"):
-            evaluation_windows("self", WordTokenizer())
+            evaluation_windows("self", Numbers())
 
     def test_real_tokenizer_reads_a_long_text_without_a_warning(self, tmp_path, demo_tokenizer):
         (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 400)

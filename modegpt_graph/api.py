@@ -125,7 +125,7 @@ def compress(
     report says what it cost and whether it paid.
     preset: `default`, or `paper` for MoDeGPT's algorithms to the letter.   allocator: the preset's own where None.
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
-    which costs two to three more passes over the calibration text, for each ratio that a search tries; as the preset
+    which costs about three more passes over the calibration text, for each ratio that a search tries; as the preset
     has it where None.
     own_text: whether the model also samples text to calibrate on, 15 % as much as is given; other texts than that
     suffer less then. Not with `paper`.

@@ -14,8 +14,7 @@ class SiteOutcome:
     """What one site became.
 
     id: of the site.   rank: features kept in each group (head), of `full_rank`.
-    relative_error: squared error of the pair's output on the calibration set over its squared norm, before a producer
-    was fitted again.
+    relative_error: squared error of the pair's output on the calibration set over its squared norm.
     parameters_before, parameters_after: of the matrices and biases in the site's roles.
     tokens: calibration tokens that were routed to an expert; None for any other site, which saw them all.
     bound: what proposition 1, 2 or 3 allows `relative_error` to be at most, from the statistics of this run; None where

@@ -32,6 +32,17 @@ FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative too; they left least of other
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
 
 
+@dataclass(frozen=True)
+class Producers:
+    """Linear modules that a consumer's features come of, and nothing else does; the module with all of them.
+
+    paths: of the producers.   module: path of one in which nothing else has changed.
+    """
+
+    paths: Sequence[str]
+    module: str
+
+
 def recalibrate(
     dense: nn.Module,
     smaller: nn.Module,
@@ -39,13 +50,16 @@ def recalibrate(
     consumers: Mapping[str, bool],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
-    producers: Mapping[str, Sequence[str]] | None = None,
-) -> None:
+    producers: Mapping[str, Producers] | None = None,
+) -> dict[str, float]:
     """Change the weights (and biases) of `smaller`'s consumers in place, and the weights of producers that scale.
+
+    Returns, for consumers of which a producer was fitted, the squared error of what they put out over its squared norm,
+    on the inputs that their modules have in the dense model.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
     the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   producers:
-    consumer → paths of linear modules that its features come of, and nothing else does.
+    consumer → where its features come from.
     A layer is left as it is where its output is not its input plus what its consumers put out, scaled or not (experts,
     say), for then what the stream has lost is not known there.
     """
@@ -53,12 +67,13 @@ def recalibrate(
     wanted = {path for path, may_change in consumers.items() if may_change and path in entries}
     batches = [batch for tokens in texts for batch in _batches(tokens)]
     if not wanted or len(batches) < 2:
-        return
-    scalings = find_scalings(
-        smaller, {path: own for path, own in (producers or {}).items() if path in wanted}, texts[0][:1, :PROBE_TOKENS]
-    )
+        return {}
+    sources = {path: own for path, own in (producers or {}).items() if path in wanted}
+    scalings = find_scalings(smaller, {path: own.paths for path, own in sources.items()}, texts[0][:1, :PROBE_TOKENS])
+    errors: dict[str, float] = {}
     with (
         (progress or NullProgress()).stage("recalibrate", len(wanted)) as stage,
+        _recorded(dense, {path: sources[path].module for path in scalings}),
         _hooked(dense, layers, entries, {}, stops_after=wanted),
         _hooked(smaller, layers, entries, scalings, stops_before=wanted),
     ):
@@ -67,19 +82,21 @@ def recalibrate(
             for _ in wanted:
                 paths = {one.advance() for pair in passes for one in pair}
                 if len(paths) != 1 or any("stream" not in one.state for pair in passes for one in pair):
-                    return  # passes that take different ways, or call no layers any more, cannot be compared
+                    return errors  # passes that take different ways, or call no layers any more, cannot be compared
                 (path,) = paths
                 entry = entries[path]
-                _fit(
-                    _Branch(smaller, path, entry),
-                    [(_target(*pair, entry.constant), pair[1].state["features"]) for pair in passes],
-                    scalings.get(path),
-                )
+                branch = _Branch(smaller, path, entry)
+                targets = [(_target(*pair, entry.constant), pair[1].state["features"]) for pair in passes]
+                features = _fit(branch, targets)
+                calls = [one.state.pop(("call", path)) for one, _ in passes] if path in scalings else []
+                if calls and _fit_producer(branch, targets, features, scalings[path]):
+                    errors[path] = _error(smaller.get_submodule(sources[path].module), branch.linear, calls)
                 stage.advance()
         finally:
             for pair in passes:
                 for one in pair:
                     one.abandon()
+    return errors
 
 
 def _batches(tokens: Tensor) -> Sequence[Tensor]:
@@ -146,8 +163,11 @@ class _Branch:
         return row_scales(output, branch, gains), torch.where(used, missing / gains, 0.0)
 
 
-def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], scaling: Scaling | None) -> None:
-    """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it."""
+def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]]) -> list[Tensor]:
+    """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it.
+
+    Returns the features of each pass.
+    """
     linear = branch.linear
     bias = linear.bias is not None
     sums = [_Sums(linear), _Sums(linear)]
@@ -163,14 +183,16 @@ def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], scaling: S
         linear.weight.data = (linear.weight.double() + length * change.T).to(linear.weight.dtype)
         if linear.bias is not None and offset is not None:
             linear.bias.data = (linear.bias.double() + length * offset).to(linear.bias.dtype)
-    if scaling is not None:
-        _fit_producer(branch, passes, features, scaling)
+    return features
 
 
 def _fit_producer(
     branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], features: Sequence[Tensor], scaling: Scaling
-) -> None:
-    """Move a producer that scales the features towards what the consumer leaves, as far as held-out passes gain."""
+) -> bool:
+    """Move a producer that scales the features towards what the consumer leaves, as far as held-out passes gain.
+
+    Returns whether they do.
+    """
     rows: tuple[list[ScaledRows], list[ScaledRows]] = [], []
     for number, (target, read) in enumerate(passes):
         assert read.inputs is not None
@@ -186,10 +208,71 @@ def _fit_producer(
         weight = producer.weight.detach().to(change.dtype, copy=True)
         weight[scaling.rows] += length * change
         producer.weight.data = weight.to(producer.weight.dtype)
+    return length > 0
+
+
+@dataclass
+class _Call:
+    """What a module of the dense model was called with, and what the consumer in it put out."""
+
+    args: tuple
+    kwargs: dict
+    output: Tensor | None = None
+
+
+def _error(module: nn.Module, consumer: nn.Linear, calls: Sequence[_Call]) -> float:
+    """Of the consumer, in the smaller model's module, when that is called as the dense model's was."""
+    found: list[Tensor] = []
+
+    def answered(_: nn.Module, args: tuple, output: Tensor) -> None:
+        found.append(output)
+
+    handle = consumer.register_forward_hook(answered)
+    lost = size = 0.0
+    try:
+        for call in calls:
+            assert call.output is not None
+            with torch.no_grad():
+                module(*call.args, **call.kwargs)
+            expected = _exact(call.output)
+            lost += float((_exact(found.pop()) - expected).square().sum(dtype=torch.float64))
+            size += float(expected.square().sum(dtype=torch.float64))
+    finally:
+        handle.remove()
+    return lost / size if size else 0.0
 
 
 def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
+
+
+@contextmanager
+def _recorded(model: nn.Module, modules: Mapping[str, str]) -> Iterator[None]:
+    """Within this context every stepped pass keeps how the modules of consumers are called: consumer → its module."""
+
+    def called(path: str):
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            if (own := current_pass()) is not None:
+                own.state["call", path] = _Call(args, kwargs)
+
+        return hook
+
+    def answered(path: str):
+        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
+            if (own := current_pass()) is not None:
+                own.state["call", path].output = output
+
+        return hook
+
+    handles = []
+    try:
+        for path, module in modules.items():
+            handles.append(model.get_submodule(module).register_forward_pre_hook(called(path), with_kwargs=True))
+            handles.append(model.get_submodule(path).register_forward_hook(answered(path)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Sums:

@@ -10,7 +10,7 @@ from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
 from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.apply import refit_in, rows_in
-from modegpt_graph.rewrite.recalibrate import recalibrate
+from modegpt_graph.rewrite.recalibrate import Producers, recalibrate
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import consumer_error, consumer_problem
 from modegpt_graph.trace.linear import Linear
@@ -47,9 +47,8 @@ def recalibrated(
     producers = {path: _producers(smaller, *places[path]) for path, may in may_change.items() if may}
     watched = {*places, *(path for own in producers.values() for path in own)}
     before = {path: _linear(smaller, path).weight.data for path in watched}
-    recalibrate(
-        dense, smaller, layers, may_change, texts, progress, {path: list(own) for path, own in producers.items()}
-    )
+    sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
+    errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
     changed = {path for path, data in before.items() if _linear(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
@@ -58,6 +57,8 @@ def recalibrated(
             if producer in changed:
                 rows = rows_in(_linear(smaller, producer), members, layout, found[site])
                 found[site] = replace(found[site], rows={**found[site].rows, **rows})
+        if path in errors:
+            found[site] = replace(found[site], relative_error=errors[path])
         own = statistics[site]
         if path not in changed or not isinstance(own, ConsumerStatistics):
             continue
@@ -66,7 +67,8 @@ def recalibrated(
         refit = refit_in(_linear(smaller, path), members, layout, found[site])
         fitted = replace(found[site], refits={role: refit})
         problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
-        found[site] = replace(fitted, relative_error=consumer_error(problem, members, layout, fitted))
+        error = errors[path] if path in errors else consumer_error(problem, members, layout, fitted)
+        found[site] = replace(fitted, relative_error=error)
     return found
 
 
@@ -77,17 +79,16 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 
 def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str, dict[str, Tensor]]:
-    """Path of each producer that is a linear module of this site alone → role → (G, g, d) its rows there."""
+    """Path of each producer that is a linear module → role → (G, g, d) its rows there; none beside other sites.
+
+    What such a site does to the dense model's inputs could not be told from what the others do.
+    """
     found: dict[str, dict[str, Tensor]] = {}
-    others = {
-        product.weight
-        for other in one.placed
-        if other.site.id != placed.site.id
-        for product in other.footprint.outline.linears.values()
-    }
+    if len(one.placed) > 1:
+        return found
     for role, product in placed.footprint.outline.producers.items():
         path = _linear_path(smaller, one, product)
-        if path is not None and product.weight not in others:
+        if path is not None:
             found.setdefault(path, {})[role] = placed.footprint.layout.members[role]
     return found
 

@@ -29,8 +29,7 @@ class Solution:
     query_factor: (G, g, k) what the kept features of each head's queries are multiplied by, in the order of their
     slots, where a norm on them is approximated.
     exact_norm_error: the relative error if those norms knew what was dropped.
-    rows: selected role → (G, g, k, D): its rows for the new features where they were fitted again, which
-    `relative_error` leaves out: it is of what the consumer makes of features that were chosen.
+    rows: selected role → (G, g, k, D): its rows for the new features where they were fitted again.
     Where experts are solved together, each is a group, a bias is (G, D), and `experts` tells how each of them fared.
     """
 

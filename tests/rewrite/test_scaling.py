@@ -12,7 +12,7 @@ from torch import nn
 from modegpt_graph.compression import prepare
 from modegpt_graph.evaluate import kl_divergence
 from modegpt_graph.models import forward_logits, resolve
-from modegpt_graph.rewrite.recalibrate import recalibrate
+from modegpt_graph.rewrite.recalibrate import Producers, recalibrate
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings
 
 
@@ -85,7 +85,7 @@ def test_what_a_producer_lost_is_fitted_there(name: str) -> None:
         weight = smaller.get_submodule(up).weight
         last = weight.shape[0] - weight.shape[0] // (4 if name == "phi3" else 2)
         weight.data[last:] *= 0.2
-        producers[path] = [up]
+        producers[path] = Producers([up], path.rpartition(".")[0])
     plain = copy.deepcopy(smaller)
     may = dict.fromkeys(consumers, True) | dict.fromkeys(others, False)
     recalibrate(dense, plain, layers, may, [tokens()])

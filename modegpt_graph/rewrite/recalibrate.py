@@ -88,8 +88,8 @@ def recalibrate(
                 branch = _Branch(smaller, path, entry)
                 targets = [(_target(*pair, entry.constant), pair[1].state["features"]) for pair in passes]
                 features = _fit(branch, targets)
-                calls = [one.state.pop(("call", path)) for one, _ in passes] if path in scalings else []
-                if calls and _fit_producer(branch, targets, features, scalings[path]):
+                calls = [one.state.pop(("call", path), None) for one, _ in passes]
+                if path in scalings and all(calls) and _fit_producer(branch, targets, features, scalings[path]):
                     errors[path] = _error(smaller.get_submodule(sources[path].module), branch.linear, calls)
                 stage.advance()
         finally:
@@ -259,7 +259,7 @@ def _recorded(model: nn.Module, modules: Mapping[str, str]) -> Iterator[None]:
 
     def answered(path: str):
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            if (own := current_pass()) is not None:
+            if (own := current_pass()) is not None and ("call", path) in own.state:
                 own.state["call", path].output = output
 
         return hook

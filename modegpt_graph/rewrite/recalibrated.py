@@ -44,7 +44,11 @@ def recalibrated(
         and all(readers[one.path, product.weight] == 1 for product in placed.footprint.outline.consumers.values())
         for path, (one, placed) in places.items()
     }
-    producers = {path: _producers(smaller, *places[path]) for path, may in may_change.items() if may}
+    producers = {
+        path: _producers(smaller, *places[path])
+        for path, may in may_change.items()
+        if may and _is_alone(places[path][0], modules)
+    }
     watched = {*places, *(path for own in producers.values() for path in own)}
     before = {path: _linear(smaller, path).weight.data for path in watched}
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
@@ -78,14 +82,17 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
-def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str, dict[str, Tensor]]:
-    """Path of each producer that is a linear module → role → (G, g, d) its rows there; none beside other sites.
+def _is_alone(one: SiteModule, modules: Sequence[SiteModule]) -> bool:
+    """Whether a module has one site and none further within, so that what it puts out tells of that site."""
+    within = (
+        other for other in modules if other is not one and (not one.path or other.path.startswith(f"{one.path}."))
+    )
+    return len(one.placed) == 1 and not any(within)
 
-    What such a site does to the dense model's inputs could not be told from what the others do.
-    """
+
+def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str, dict[str, Tensor]]:
+    """Path of each producer that is a linear module → role → (G, g, d) its rows there."""
     found: dict[str, dict[str, Tensor]] = {}
-    if len(one.placed) > 1:
-        return found
     for role, product in placed.footprint.outline.producers.items():
         path = _linear_path(smaller, one, product)
         if path is not None:

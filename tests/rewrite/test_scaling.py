@@ -101,3 +101,29 @@ def test_solutions_keep_the_rows_of_a_fused_producer() -> None:
     assert any(one.rows for one in result._solutions.values())
     again, _ = prepared.decomposed.model(result._solutions)
     torch.testing.assert_close(forward_logits(again, tokens()), forward_logits(result.model, tokens()))
+
+
+class Direct(nn.Module):
+    """Calls another module's forward method, past its hooks."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner.forward(x)
+
+
+def test_producers_whose_module_is_not_seen_called_stay_as_they_are() -> None:
+    dense = family("llama")
+    for layer in dense.model.layers:
+        layer.mlp = Direct(layer.mlp)
+    smaller = copy.deepcopy(dense)
+    inner = "model.layers.1.mlp.inner"
+    smaller.get_submodule(f"{inner}.up_proj").weight.data *= 0.5
+    before = smaller.get_submodule(f"{inner}.up_proj").weight.clone()
+    layers = [f"model.layers.{index}" for index in range(2)]
+    may = {f"{layer}.{end}": True for layer in layers for end in ("mlp.inner.down_proj", "self_attn.o_proj")}
+    producers = {f"{inner}.down_proj": Producers([f"{inner}.up_proj"], inner)}
+    assert recalibrate(dense, smaller, layers, may, [tokens()], producers=producers) == {}
+    assert torch.equal(smaller.get_submodule(f"{inner}.up_proj").weight, before)

@@ -69,10 +69,10 @@ def recalibrated(
         ((role, product),) = placed.footprint.outline.consumers.items()
         members = layout.members[role]
         refit = refit_in(_linear(smaller, path), members, layout, found[site])
-        fitted = replace(found[site], refits={role: refit})
-        problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
-        error = errors[path] if path in errors else consumer_error(problem, members, layout, fitted)
-        found[site] = replace(fitted, relative_error=error)
+        found[site] = replace(found[site], refits={role: refit})
+        if path not in errors:
+            problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
+            found[site] = replace(found[site], relative_error=consumer_error(problem, members, layout, found[site]))
     return found
 
 
@@ -84,10 +84,8 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 def _is_alone(one: SiteModule, modules: Sequence[SiteModule]) -> bool:
     """Whether a module has one site and none further within, so that what it puts out tells of that site."""
-    within = (
-        other for other in modules if other is not one and (not one.path or other.path.startswith(f"{one.path}."))
-    )
-    return len(one.placed) == 1 and not any(within)
+    prefix = f"{one.path}." if one.path else ""
+    return len(one.placed) == 1 and not any(other.path.startswith(prefix) for other in modules if other is not one)
 
 
 def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str, dict[str, Tensor]]:

@@ -181,8 +181,11 @@ class Prepared:
         if self.held_out is not None:
             with clock("evaluate"), progress.stage("evaluate"):
                 found = compare(dense, smaller, self.held_out)
+            spent = sum(clock.seconds.values()) - clock.seconds["evaluate"]
+            forward_pass = found.dense_seconds * self.text.tokens.numel() / self.held_out.numel()
             outcome = replace(
                 outcome,
+                forward_passes=spent / forward_pass,
                 perplexity_dense=found.dense_perplexity,
                 perplexity_compressed=found.perplexity,
                 kl=found.kl,

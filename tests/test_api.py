@@ -158,6 +158,8 @@ def test_a_file_in_a_folder_with_a_tokenizer(text_folder: Path, tmp_path: Path) 
     assert outcome.perplexity_dense > 1
     assert outcome.kl is not None
     assert outcome.kl > 0
+    assert outcome.forward_passes is not None
+    assert outcome.forward_passes > 1, "calibration alone is a pass"
     result.save(tmp_path / "small")
     assert evaluate(tmp_path / "small", text, window=128, windows=2).perplexity > 1
     assert evaluate(result.model, tokens(2, 16)).windows == 2

@@ -1,5 +1,6 @@
 """How far a compressed model's predictions have moved from the dense model's."""
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,13 @@ class Divergence:
 
     kl: mean over predictions of KL(dense ‖ compressed), in nats per token.
     dense_perplexity, perplexity: of the dense and of the compressed model.
+    dense_seconds: that the dense model's passes over all windows took.
     """
 
     kl: float
     dense_perplexity: float
     perplexity: float
+    dense_seconds: float
 
 
 @torch.no_grad()
@@ -34,9 +37,11 @@ def compare(dense: nn.Module, compressed: nn.Module, tokens: Tensor, batch_size:
     """
     check_length(dense, tokens)
     check_length(compressed, tokens)
-    kl = dense_total = compressed_total = 0.0
+    kl = dense_total = compressed_total = dense_seconds = 0.0
     for batch in tokens.split(batch_size):
+        start = time.perf_counter()
         dense_logits = finite(forward_logits(dense, batch), "the dense model")
+        dense_seconds += time.perf_counter() - start
         logits = finite(forward_logits(compressed, batch), "the compressed model").to(dense_logits.device)
         if logits.shape != dense_logits.shape:
             raise InputError(
@@ -49,7 +54,9 @@ def compare(dense: nn.Module, compressed: nn.Module, tokens: Tensor, batch_size:
             dense_total += functional.nll_loss(expected, targets, reduction="sum").double().item()
             compressed_total += functional.nll_loss(found, targets, reduction="sum").double().item()
     count = predictions(tokens)
-    return Divergence(kl / count, exponential(dense_total / count), exponential(compressed_total / count))
+    return Divergence(
+        kl / count, exponential(dense_total / count), exponential(compressed_total / count), dense_seconds
+    )
 
 
 def kl_divergence(dense: nn.Module, compressed: nn.Module, tokens: Tensor) -> float:

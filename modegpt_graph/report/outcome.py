@@ -96,7 +96,8 @@ class CompressionOutcome:
     calibration, evaluation: one line that describes the text ("32 windows of 1,024 of wikitext2").
     fallback_reason: why another calibration source than the one asked for was used, None where it was not.
     bytes_*: of the saved weights.   cache_bytes_per_token_*: key/value cache of one token of one sequence, all layers.
-    seconds: by stage, in the order they ran.   forward_passes: cost of calibration in plain passes over its tokens.
+    seconds: by stage, in the order they ran.   forward_passes: what all but the evaluation took, in
+    passes of the dense model over the calibration text as its evaluation was timed; None without one.
     kl: mean KL(dense ‖ compressed) in nats per token over the evaluation text.
     approximation: what approximated norms cost and whether they paid, in a few sentences; None where there are none.
     """

@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ class TestDivergence:
         assert both.dense_perplexity == pytest.approx(perplexity(dense, tokens), rel=1e-6)
         assert both.perplexity == pytest.approx(perplexity(compressed, tokens), rel=1e-6)
         assert both.perplexity != pytest.approx(both.dense_perplexity, rel=1e-6)
+
+    def test_times_the_dense_model_alone(self, tokens):
+        slow, fast = Table(torch.zeros(97, 97)), Table(torch.zeros(97, 97))
+        slow.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+        assert compare(slow, fast, tokens).dense_seconds >= 0.1 * len(tokens)
+        assert compare(fast, slow, tokens).dense_seconds < 0.1 * len(tokens)
 
     def test_names_the_model_that_overflows(self, tokens):
         fine, broken = Table(torch.zeros(97, 97)), Table(torch.full((97, 97), math.nan))

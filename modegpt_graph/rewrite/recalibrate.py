@@ -20,6 +20,7 @@ from modegpt_graph.decompose.scaled import ScaledRows, scaled_direction, scaled_
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
+from modegpt_graph.rewrite.recorded import error_when_called, exact, recorded, taken
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
 from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, stream_entries
 
@@ -73,7 +74,7 @@ def recalibrate(
     errors: dict[str, float] = {}
     with (
         (progress or NullProgress()).stage("recalibrate", len(wanted)) as stage,
-        _recorded(dense, {path: sources[path].module for path in scalings}),
+        recorded(dense, {path: sources[path].module for path in scalings}),
         _hooked(dense, layers, entries, {}, stops_after=wanted),
         _hooked(smaller, layers, entries, scalings, stops_before=wanted),
     ):
@@ -87,10 +88,11 @@ def recalibrate(
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
                 targets = [(_target(*pair, entry.constant), pair[1].state["features"]) for pair in passes]
-                features = _fit(branch, targets)
-                calls = [one.state.pop(("call", path), None) for one, _ in passes]
-                if path in scalings and all(calls) and _fit_producer(branch, targets, features, scalings[path]):
-                    errors[path] = _error(smaller.get_submodule(sources[path].module), branch.linear, calls)
+                _fit(branch, targets)
+                calls = [call for one, _ in passes if (call := taken(one, path)) is not None]
+                known = path in scalings and len(calls) == len(passes)
+                if known and _fit_producer(branch, targets, scalings[path]):
+                    errors[path] = error_when_called(smaller.get_submodule(sources[path].module), branch.linear, calls)
                 stage.advance()
         finally:
             for pair in passes:
@@ -112,29 +114,20 @@ def _pass(model: nn.Module, tokens: Tensor) -> SteppedPass:
 def _target(dense: SteppedPass, smaller: SteppedPass, constant: float) -> Tensor:
     """What should enter the stream: what does in the dense model, and what the stream has lost before."""
     before, stream, branch = (
-        _exact(one) for one in (dense.state["before"], smaller.state["stream"], dense.state["branch"])
+        exact(one) for one in (dense.state["before"], smaller.state["stream"], dense.state["branch"])
     )
     return branch + ((before - stream) / constant).reshape(branch.shape)
 
 
-def _exact(values: Tensor) -> Tensor:
-    """Differences of a stream are small beside it: half precision would lose them."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Features:
-    """What a consumer is to read: as they are, or slopes that multiply what a producer makes of its inputs."""
+    """What a consumer is to read, (…, K).
+
+    scaled: where a producer scales it, what multiplies that producer's output, and what the producer reads.
+    """
 
     values: Tensor
-    inputs: Tensor | None = None
-    scaling: Scaling | None = None
-
-    def now(self, model: nn.Module) -> Tensor:
-        """(…, K) with the producer's matrix as it is now."""
-        if self.scaling is None or self.inputs is None:
-            return self.values
-        return self.values * self.scaling.output(model, self.inputs)
+    scaled: tuple[Tensor, Tensor] | None = None
 
 
 class _Branch:
@@ -154,7 +147,7 @@ class _Branch:
         """
         output = self.linear(features)
         branch = output if self._follower is None else self._follower(output)
-        output, branch, target = (_exact(one).flatten(0, -2) for one in (output, branch, target))
+        output, branch, target = (exact(one).flatten(0, -2) for one in (output, branch, target))
         missing = target - branch
         if self._gains is None:
             return missing.new_ones(len(missing), 1), missing
@@ -163,18 +156,14 @@ class _Branch:
         return row_scales(output, branch, gains), torch.where(used, missing / gains, 0.0)
 
 
-def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]]) -> list[Tensor]:
-    """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it.
-
-    Returns the features of each pass.
-    """
+def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]]) -> None:
+    """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it."""
     linear = branch.linear
     bias = linear.bias is not None
     sums = [_Sums(linear), _Sums(linear)]
-    features = [read.now(branch.model) for _, read in passes]
-    for number, (target, _) in enumerate(passes):
-        weights, missing = branch.left(target, features[number])
-        sums[_is_held_out(number)].add(_exact(features[number]).flatten(0, -2) * weights, missing)
+    for number, (target, features) in enumerate(passes):
+        weights, missing = branch.left(target, features.values)
+        sums[_is_held_out(number)].add(exact(features.values).flatten(0, -2) * weights, missing)
     (gram, pull), (other_gram, other_pull) = (one.result() for one in sums)
     tried = correction(gram, pull, ridge=RIDGE, bias=bias)
     length = step_length(other_gram, other_pull, *tried)
@@ -183,23 +172,20 @@ def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]]) -> list[Te
         linear.weight.data = (linear.weight.double() + length * change.T).to(linear.weight.dtype)
         if linear.bias is not None and offset is not None:
             linear.bias.data = (linear.bias.double() + length * offset).to(linear.bias.dtype)
-    return features
 
 
-def _fit_producer(
-    branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], features: Sequence[Tensor], scaling: Scaling
-) -> bool:
+def _fit_producer(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], scaling: Scaling) -> bool:
     """Move a producer that scales the features towards what the consumer leaves, as far as held-out passes gain.
 
     Returns whether they do.
     """
     rows: tuple[list[ScaledRows], list[ScaledRows]] = [], []
-    for number, (target, read) in enumerate(passes):
-        assert read.inputs is not None
-        weights, missing = branch.left(target, features[number])
-        inputs, slopes = (_exact(one).flatten(0, -2) for one in (read.inputs, read.values))
+    for number, (target, features) in enumerate(passes):
+        assert features.scaled is not None
+        weights, missing = branch.left(target, features.values)
+        slopes, inputs = (exact(one).flatten(0, -2) for one in features.scaled)
         rows[_is_held_out(number)].append(ScaledRows(inputs, slopes * weights, missing))
-    consumer = _exact(branch.linear.weight)
+    consumer = exact(branch.linear.weight)
     change = scaled_direction(rows[0], consumer, feature_ridge=FEATURE_RIDGE, input_ridge=INPUT_RIDGE)
     length = scaled_step_length(rows[1], consumer, change)
     if length:
@@ -208,71 +194,15 @@ def _fit_producer(
         weight = producer.weight.detach().to(change.dtype, copy=True)
         weight[scaling.rows] += length * change
         producer.weight.data = weight.to(producer.weight.dtype)
+        for _, features in passes:
+            assert features.scaled is not None
+            slopes, inputs = features.scaled
+            features.values = slopes * scaling.output(branch.model, inputs)
     return length > 0
-
-
-@dataclass
-class _Call:
-    """What a module of the dense model was called with, and what the consumer in it put out."""
-
-    args: tuple
-    kwargs: dict
-    output: Tensor | None = None
-
-
-def _error(module: nn.Module, consumer: nn.Linear, calls: Sequence[_Call]) -> float:
-    """Of the consumer, in the smaller model's module, when that is called as the dense model's was."""
-    found: list[Tensor] = []
-
-    def answered(_: nn.Module, args: tuple, output: Tensor) -> None:
-        found.append(output)
-
-    handle = consumer.register_forward_hook(answered)
-    lost = size = 0.0
-    try:
-        for call in calls:
-            assert call.output is not None
-            with torch.no_grad():
-                module(*call.args, **call.kwargs)
-            expected = _exact(call.output)
-            lost += float((_exact(found.pop()) - expected).square().sum(dtype=torch.float64))
-            size += float(expected.square().sum(dtype=torch.float64))
-    finally:
-        handle.remove()
-    return lost / size if size else 0.0
 
 
 def _is_held_out(number: int) -> bool:
     return number % HELD_OUT == HELD_OUT - 1
-
-
-@contextmanager
-def _recorded(model: nn.Module, modules: Mapping[str, str]) -> Iterator[None]:
-    """Within this context every stepped pass keeps how the modules of consumers are called: consumer → its module."""
-
-    def called(path: str):
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            if (own := current_pass()) is not None:
-                own.state["call", path] = _Call(args, kwargs)
-
-        return hook
-
-    def answered(path: str):
-        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            if (own := current_pass()) is not None and ("call", path) in own.state:
-                own.state["call", path].output = output
-
-        return hook
-
-    handles = []
-    try:
-        for path, module in modules.items():
-            handles.append(model.get_submodule(module).register_forward_pre_hook(called(path), with_kwargs=True))
-            handles.append(model.get_submodule(path).register_forward_hook(answered(path)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Sums:
@@ -315,11 +245,14 @@ def _hooked(
         def hook(_: nn.Module, args: tuple) -> tuple | None:
             if (own := current_pass()) is None:
                 return None
-            features = _Features(args[0], own.state.pop(("inputs", path), None), scalings.get(path))
+            features = _Features(args[0])
+            if ("scaled", path) in own.state:
+                inputs, output = own.state.pop(("scaled", path))
+                features = _Features(args[0] * output, (args[0], inputs))
             own.state["features"] = features
             own.stop(path)
             del own.state["features"]
-            return features.now(model), *args[1:]
+            return features.values, *args[1:]
 
         return hook
 
@@ -327,7 +260,7 @@ def _hooked(
         def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if (own := current_pass()) is None:
                 return None
-            own.state["inputs", path] = args[0]
+            own.state["scaled", path] = args[0], output[..., scaling.rows]
             return with_ones(output, scaling.rows)
 
         return hook

@@ -26,13 +26,20 @@ LIKELY = 0.7  # temperature of every other own window: what is asked of models i
 
 
 def own_windows(
-    model: nn.Module, tokens: Tensor, share: float, seed: int, start: Start = None, progress: Progress | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    share: float,
+    seed: int,
+    start: Start = None,
+    turn: Sequence[int] = (),
+    progress: Progress | None = None,
 ) -> Tensor | None:
     """What the model writes itself, `share` as many tokens as the calibration text `tokens` (windows, window) has.
 
-    start: what every window begins with, as in `sample_windows`, at two temperatures.   Returns (windows, window), or
-    None where these are too few to tell of anything, and for a model that does not write, or without a cache: every
-    token would cost a pass over all before it.
+    start: what windows begin with, as in `sample_windows`, at two temperatures.   turn: token ids before what a user
+    says, of a chat model: half of the windows begin with it, and so hold what the model expects to be asked, and its
+    answer (Magpie, arXiv 2406.08464).   Returns (windows, window), or None where these are too few to tell of anything,
+    and for a model that does not write, or without a cache: every token would cost a pass over all before it.
     """
     window = min(OWN_WINDOW, tokens.shape[1])
     windows = int(share * tokens.numel()) // window
@@ -40,7 +47,7 @@ def own_windows(
         return None
     try:
         with (progress or NullProgress()).stage("sample text"):
-            return sample_windows(model, windows, window, seed, start, temperatures=(1.0, LIKELY))
+            return sample_windows(model, windows, window, seed, start, (1.0, LIKELY), turn)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -53,19 +60,21 @@ def sample_windows(
     seed: int = 0,
     start: Start = None,
     temperatures: Sequence[float] = (1.0,),
+    turn: Sequence[int] = (),
 ) -> Tensor:
     """Seeded ancestral sampling: (windows, window) int64, all windows in one batch, at each temperature in turn.
 
     start: the token that each window begins with; ANY for one drawn evenly; by default the model's own beginning of
-    text, else ANY. No end of text is drawn. A key/value cache is used where the model has one; any other is called on
-    the growing prefix. The global generator is left alone.
+    text, else ANY.   turn: token ids that every other window of a temperature begins with instead. No end of text is
+    drawn but there, where it ends a turn. A key/value cache is used where the model has one; any other is called on the
+    growing prefix. The global generator is left alone.
     Raises OverflowedActivations where the model's probabilities are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first = _first_tokens(model, windows, start)
         try:
-            return _continued(model, first, window, temperatures)
+            return _continued(model, first, window, temperatures, turn)
         except FloatingPointError:
             advice = overflow_advice(next(model.parameters()).dtype)
             raise OverflowedActivations(f"sampling from the model met non-finite probabilities; {advice}") from None
@@ -86,13 +95,15 @@ def _first_tokens(model: nn.Module, windows: int, start: Start) -> Tensor:
     return torch.randint(vocabulary, (windows, 1)).to(device)
 
 
-def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[float]) -> Tensor:
-    """One token after the other, with the model's cache where it has one; no end of text, so that windows are full."""
+def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[float], turn: Sequence[int]) -> Tensor:
+    """One token after the other, with the model's cache where it has one."""
+    row = torch.arange(len(first), device=first.device)
+    divisors = torch.tensor(temperatures, device=first.device)[row % len(temperatures), None]
+    is_turn = (row // len(temperatures) % 2 == 1)[:, None] & bool(turn)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    tokens, cache, keyword = first, None, _cache_keyword(model)
-    divisors = torch.tensor(temperatures, device=first.device)[torch.arange(len(first)) % len(temperatures), None]
-    for _ in range(window - 1):
+    tokens, cache, keyword = torch.where(is_turn, turn[0], first) if turn else first, None, _cache_keyword(model)
+    for place in range(1, window):
         if keyword is None:
             logits = forward_logits(model, tokens)
         else:
@@ -100,8 +111,11 @@ def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[fl
             output = model(tokens if cache is None else tokens[:, -1:], use_cache=True, **given)
             logits, cache = logits_of(output), cache_of(output)
         following = logits[:, -1].float()
-        following[:, barred] = -torch.inf
-        tokens = torch.cat([tokens, _drawn((following / divisors).softmax(-1))], dim=1)
+        following[:, barred] = following[:, barred].masked_fill(~is_turn, -torch.inf)
+        drawn = _drawn((following / divisors).softmax(-1))
+        if place < len(turn):
+            drawn = torch.where(is_turn, turn[place], drawn)
+        tokens = torch.cat([tokens, drawn], dim=1)
     return tokens.cpu()
 
 

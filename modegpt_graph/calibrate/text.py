@@ -18,6 +18,8 @@ SELF = "self"
 SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
+SAID = "what the user says"
+LONGEST_TURN = 64  # half of an own window, so that the model writes most of it
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
 
@@ -28,6 +30,7 @@ class Calibration:
     tokens: (windows, window) int64.   description: what the text is, in words, for the report.
     fallback_reason: why the text is not the one that was asked for; None where it is.   is_sampled: whether the model
     wrote it.   start: what the tokenizer begins a text with, ANY for nothing; None where that is not known.
+    turn: what the tokenizer puts before what a user says; empty where it knows of no users.
     own: (windows, window) that the model wrote besides; None for none.
     """
 
@@ -36,17 +39,18 @@ class Calibration:
     fallback_reason: str | None = None
     is_sampled: bool = False
     start: Start = None
+    turn: tuple[int, ...] = ()
     own: Tensor | None = None
 
     def with_own(self, model: nn.Module, share: float, seed: int, progress: Progress | None = None) -> "Calibration":
         """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it.
 
         They begin as the tokenizer begins a text: a model may never have seen another beginning, and without one the
-        same few topics come first.
+        same few topics come first. Half of them begin as a user's turn where there are any.
         """
         if self.is_sampled or not share:
             return self
-        own = own_windows(model, self.tokens, share, seed, self.start, progress)
+        own = own_windows(model, self.tokens, share, seed, self.start, self.turn, progress)
         if own is None:
             return self
         return replace(self, own=own, description=f"{self.description}; {windows_line(own)} that the model samples")
@@ -83,7 +87,7 @@ def calibration_windows(
     """
     if isinstance(source, Tensor):
         tokens = checked_tokens(source)
-        return Calibration(tokens, f"token ids as given, {windows_line(tokens)}")
+        return Calibration(tokens, f"token ids as given, {windows_line(tokens)}", turn=_turn(tokenizer))
     asked, window = window, min(window, positions_of(model) or window)
     if str(source) == SELF:
         return _sampled(model, seed, window, fallback_reason=None)
@@ -104,7 +108,7 @@ def calibration_windows(
     tokens = ids[: available * window].view(available, window)[chosen]
     fewer = f"; {windows} of {asked:,} were asked for" if (available < windows or window < asked) else ""
     start = int(ids[0]) if int(ids[0]) in getattr(tokenizer, "all_special_ids", ()) else ANY
-    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start)
+    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start, turn=_turn(tokenizer))
 
 
 def held_out_windows(
@@ -185,6 +189,17 @@ def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bo
         raise InputError(f"{what}{f', or use {SELF!r}' if calibrating else ' from Python'}")
     # verbose=False: the whole text is longer than the model's context by design, which the tokenizer would warn of.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _turn(tokenizer: Any) -> tuple[int, ...]:
+    """Token ids before what a user says, by the tokenizer's template of a conversation; empty where it has none."""
+    try:
+        conversation = tokenizer.apply_chat_template([{"role": "user", "content": SAID}], tokenize=False)
+        before, said, _ = conversation.partition(SAID)
+        ids = tuple(tokenizer(before, add_special_tokens=False)["input_ids"]) if said else ()
+    except Exception:  # a template is a program of its author's
+        return ()
+    return ids if len(ids) <= LONGEST_TURN else ()
 
 
 def windows_line(tokens: Tensor) -> str:

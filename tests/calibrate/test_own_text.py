@@ -66,6 +66,44 @@ def test_own_text_begins_as_the_tokenizer_begins_a_text(tmp_path):
     assert len(starts[()].unique()) > 4
 
 
+class Chat(Numbers):
+    """A tokenizer with a template: a turn begins with these numbers."""
+
+    def __init__(self, turn):
+        super().__init__((7,))
+        self.turn = turn
+
+    def __call__(self, text, verbose=True, add_special_tokens=True):
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": ids if add_special_tokens else ids[1:]}
+
+    def apply_chat_template(self, conversation, tokenize=True):
+        assert not tokenize
+        if self.turn is None:
+            raise ValueError("a template that asks for more than one turn")
+        return "".join(f"{' '.join(map(str, self.turn))} {one['content']}" for one in conversation)
+
+
+@pytest.mark.parametrize("turn", [(11, 12, 13), tuple(range(65)), None])
+def test_half_of_the_own_text_of_a_chat_model_begins_as_a_turn(tmp_path, turn):
+    """But where turns begin with more than half of a window, or the template fails."""
+    (tmp_path / "text.txt").write_text(" ".join(str(number % 90) for number in range(8000)))
+    text = calibration_windows(tmp_path / "text.txt", Chat(turn), windows=32, window=128)
+    own = text.with_own(family("llama"), 0.5, seed=1).own
+    begun = (own[:, :3] == torch.tensor([11, 12, 13])).all(1)
+    assert begun.tolist() == [turn == (11, 12, 13) and row % 4 >= 2 for row in range(len(own))]
+    assert set(own[~begun, 0].tolist()) == {7}
+
+
+def test_only_a_turn_ends(monkeypatch):
+    model, end = family("llama"), 9
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+    written = sample_windows(model, 64, 128, start=5, temperatures=(1.0, 1.5), turn=(3, 4))
+    ends = (written == end).any(1)
+    assert not ends[torch.arange(64) // 2 % 2 == 0].any()
+    assert ends.any()
+
+
 def test_as_many_tokens_as_their_share():
     text = tokens(16, 128)
     assert own_windows(family("llama"), text, 0.5, seed=1).shape == (8, 128)

@@ -53,7 +53,9 @@ class Calibration:
         own = own_windows(model, self.tokens, share, seed, self.start, self.turn, progress)
         if own is None:
             return self
-        return replace(self, own=own, description=f"{self.description}; {windows_line(own)} that the model samples")
+        said = ", half of them from where a user speaks" if self.turn else ""
+        description = f"{self.description}; {windows_line(own)} that the model samples{said}"
+        return replace(self, own=own, description=description)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:

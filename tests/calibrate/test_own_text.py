@@ -89,10 +89,12 @@ def test_half_of_the_own_text_of_a_chat_model_begins_as_a_turn(tmp_path, turn):
     """But where turns begin with more than half of a window, or the template fails."""
     (tmp_path / "text.txt").write_text(" ".join(str(number % 90) for number in range(8000)))
     text = calibration_windows(tmp_path / "text.txt", Chat(turn), windows=32, window=128)
-    own = text.with_own(family("llama"), 0.5, seed=1).own
+    both = text.with_own(family("llama"), 0.5, seed=1)
+    own = both.own
     begun = (own[:, :3] == torch.tensor([11, 12, 13])).all(1)
     assert begun.tolist() == [turn == (11, 12, 13) and row % 4 >= 2 for row in range(len(own))]
     assert set(own[~begun, 0].tolist()) == {7}
+    assert ("half of them from where a user speaks" in both.description) == begun.any()
 
 
 def test_only_a_turn_ends(monkeypatch):

@@ -1,7 +1,7 @@
 """How far a compressed model's predictions have moved from the dense model's."""
 
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from modegpt_graph.errors import InputError
 from modegpt_graph.evaluate.perplexity import check_length, chunks, exponential, finite, predictions
-from modegpt_graph.models import forward_logits
+from modegpt_graph.evaluate.timing import timed
+from modegpt_graph.models import device_of, forward_logits
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def compare(dense: nn.Module, compressed: nn.Module, tokens: Tensor, batch_size:
     check_length(compressed, tokens)
     kl = dense_total = compressed_total = dense_seconds = 0.0
     for batch in tokens.split(batch_size):
-        start = time.perf_counter()
-        dense_logits = finite(forward_logits(dense, batch), "the dense model")
-        dense_seconds += time.perf_counter() - start
+        dense_logits, seconds = timed(partial(forward_logits, dense, batch), device_of(dense))
+        dense_seconds += seconds
+        dense_logits = finite(dense_logits, "the dense model")
         logits = finite(forward_logits(compressed, batch), "the compressed model").to(dense_logits.device)
         if logits.shape != dense_logits.shape:
             raise InputError(

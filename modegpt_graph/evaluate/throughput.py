@@ -1,17 +1,16 @@
 """How many tokens a second a model reads and writes."""
 
 import inspect
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modegpt_graph.errors import InputError
+from modegpt_graph.evaluate.timing import timed
 from modegpt_graph.models import cache_keyword, cache_of, can_generate, device_of
 
 
@@ -68,12 +67,12 @@ def tokens_per_second(model: nn.Module, prompt: Tensor, new_tokens: int) -> Thro
     prompt = prompt.to(device_of(model))
     # As `generate` does it: only the last position's logits are needed to go on.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output, prefill_seconds = _timed(partial(model, prompt, use_cache=True, **last_only), prompt.device)
+    output, prefill_seconds = timed(partial(model, prompt, use_cache=True, **last_only), prompt.device)
     decode_seconds = 0.0
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)  # (B, 1)
         step = partial(model, token, use_cache=True, **{keyword: cache_of(output)})
-        output, seconds = _timed(step, prompt.device)
+        output, seconds = timed(step, prompt.device)
         decode_seconds += seconds
     return Throughput(prompt.numel() / prefill_seconds, prompt.shape[0] * new_tokens / decode_seconds)
 
@@ -111,17 +110,3 @@ def compare_throughput(
 
 def _median(runs: list[Throughput]) -> Throughput:
     return Throughput(median(run.prefill for run in runs), median(run.decode for run in runs))
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """The result of `work` and the seconds it took, with the device's queue empty before and after."""
-    _wait(device)
-    start = time.perf_counter()
-    result = work()
-    _wait(device)
-    return result, time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -19,6 +19,7 @@ from modegpt_graph.decompose.correction import correction, step_length
 from modegpt_graph.decompose.scaled import ScaledRows, scaled_direction, scaled_step_length
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
+from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
 from modegpt_graph.rewrite.recorded import error_when_called, exact, recorded, taken
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
@@ -134,9 +135,7 @@ class _Branch:
     """A consumer of the smaller model, with what stands between it and the stream."""
 
     def __init__(self, model: nn.Module, path: str, entry: Entry) -> None:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        self.model, self.linear, self._gains = model, linear, entry.gains
+        self.model, self.linear, self._gains = model, linear_at(model, path), entry.gains
         self._follower = None if entry.follower is None else model.get_submodule(entry.follower)
 
     def left(self, target: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,8 +188,7 @@ def _fit_producer(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], s
     change = scaled_direction(rows[0], consumer, feature_ridge=FEATURE_RIDGE, input_ridge=INPUT_RIDGE)
     length = scaled_step_length(rows[1], consumer, change)
     if length:
-        producer = branch.model.get_submodule(scaling.path)
-        assert isinstance(producer, nn.Linear)
+        producer = linear_at(branch.model, scaling.path)
         weight = producer.weight.detach().to(change.dtype, copy=True)
         weight[scaling.rows] += length * change
         producer.weight.data = weight.to(producer.weight.dtype)

@@ -10,6 +10,7 @@ from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
 from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.apply import refit_in, rows_in
+from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.recalibrate import Producers, recalibrate
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.solve import consumer_error, consumer_problem
@@ -50,16 +51,16 @@ def recalibrated(
         if may and _is_alone(places[path][0], modules)
     }
     watched = {*places, *(path for own in producers.values() for path in own)}
-    before = {path: _linear(smaller, path).weight.data for path in watched}
+    before = {path: linear_at(smaller, path).weight.data for path in watched}
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
     errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
-    changed = {path for path, data in before.items() if _linear(smaller, path).weight.data_ptr() != data.data_ptr()}
+    changed = {path for path, data in before.items() if linear_at(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
         layout, site = placed.footprint.layout, placed.site.id
         for producer, members in producers.get(path, {}).items():
             if producer in changed:
-                rows = rows_in(_linear(smaller, producer), members, layout, found[site])
+                rows = rows_in(linear_at(smaller, producer), members, layout, found[site])
                 found[site] = replace(found[site], rows={**found[site].rows, **rows})
         if path in errors:
             found[site] = replace(found[site], relative_error=errors[path])
@@ -68,18 +69,12 @@ def recalibrated(
             continue
         ((role, product),) = placed.footprint.outline.consumers.items()
         members = layout.members[role]
-        refit = refit_in(_linear(smaller, path), members, layout, found[site])
+        refit = refit_in(linear_at(smaller, path), members, layout, found[site])
         found[site] = replace(found[site], refits={role: refit})
         if path not in errors:
             problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
             found[site] = replace(found[site], relative_error=consumer_error(problem, members, layout, found[site]))
     return found
-
-
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    return linear
 
 
 def _is_alone(one: SiteModule, modules: Sequence[SiteModule]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modegpt_graph.models import forward_logits
+from modegpt_graph.rewrite.linears import linear_at
 
 UNEXPLAINED = 0.02  # of the features; bfloat16 rounds a product by less
 
@@ -26,8 +27,7 @@ class Scaling:
 
     def output(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """(…, K) what the producer puts out at its rows."""
-        linear = model.get_submodule(self.path)
-        assert isinstance(linear, nn.Linear)
+        linear = linear_at(model, self.path)
         return functional.linear(inputs, linear.weight, linear.bias)[..., self.rows]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.sampling import ANY, Start, own_windows, sample_windows
+from modegpt_graph.calibrate.sampling import ANY, OWN_WINDOW, Start, own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
@@ -19,7 +19,6 @@ SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
 SAID = "what the user says"
-LONGEST_TURN = 64  # half of an own window, so that the model writes most of it
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
 
@@ -46,14 +45,15 @@ class Calibration:
         """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it.
 
         They begin as the tokenizer begins a text: a model may never have seen another beginning, and without one the
-        same few topics come first. Half of them begin as a user's turn where there are any.
+        same few topics come first. Half of them begin as a user's turn, where that leaves the model most of a window.
         """
         if self.is_sampled or not share:
             return self
-        own = own_windows(model, self.tokens, share, seed, self.start, self.turn, progress)
+        turn = self.turn if 2 * len(self.turn) <= min(OWN_WINDOW, self.tokens.shape[1]) else ()
+        own = own_windows(model, self.tokens, share, seed, self.start, turn, progress)
         if own is None:
             return self
-        said = ", half of them from where a user speaks" if self.turn else ""
+        said = ", half of them from where a user speaks" if turn else ""
         description = f"{self.description}; {windows_line(own)} that the model samples{said}"
         return replace(self, own=own, description=description)
 
@@ -198,10 +198,9 @@ def _turn(tokenizer: Any) -> tuple[int, ...]:
     try:
         conversation = tokenizer.apply_chat_template([{"role": "user", "content": SAID}], tokenize=False)
         before, said, _ = conversation.partition(SAID)
-        ids = tuple(tokenizer(before, add_special_tokens=False)["input_ids"]) if said else ()
+        return tuple(tokenizer(before, add_special_tokens=False)["input_ids"]) if said else ()
     except Exception:  # a template is a program of its author's
         return ()
-    return ids if len(ids) <= LONGEST_TURN else ()
 
 
 def windows_line(tokens: Tensor) -> str:

@@ -25,6 +25,11 @@ FEWEST_OWN_WINDOWS = 8
 LIKELY = 0.7  # temperature of every other own window: what is asked of models is likelier text than what they draw
 
 
+def own_window(tokens: Tensor) -> int:
+    """Length of the windows that a model writes beside calibration text `tokens` (windows, window)."""
+    return min(OWN_WINDOW, tokens.shape[1])
+
+
 def own_windows(
     model: nn.Module,
     tokens: Tensor,
@@ -41,7 +46,7 @@ def own_windows(
     answer (Magpie, arXiv 2406.08464).   Returns (windows, window), or None where these are too few to tell of anything,
     and for a model that does not write, or without a cache: every token would cost a pass over all before it.
     """
-    window = min(OWN_WINDOW, tokens.shape[1])
+    window = own_window(tokens)
     windows = int(share * tokens.numel()) // window
     if windows < FEWEST_OWN_WINDOWS or _cache_keyword(model) is None:
         return None
@@ -102,7 +107,11 @@ def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[fl
     is_turn = (row // len(temperatures) % 2 == 1)[:, None] & bool(turn)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    tokens, cache, keyword = torch.where(is_turn, turn[0], first) if turn else first, None, _cache_keyword(model)
+
+    def told(place: int, drawn: Tensor) -> Tensor:
+        return torch.where(is_turn, turn[place], drawn) if place < len(turn) else drawn
+
+    tokens, cache, keyword = told(0, first), None, _cache_keyword(model)
     for place in range(1, window):
         if keyword is None:
             logits = forward_logits(model, tokens)
@@ -113,9 +122,7 @@ def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[fl
         following = logits[:, -1].float()
         following[:, barred] = following[:, barred].masked_fill(~is_turn, -torch.inf)
         drawn = _drawn((following / divisors).softmax(-1))
-        if place < len(turn):
-            drawn = torch.where(is_turn, turn[place], drawn)
-        tokens = torch.cat([tokens, drawn], dim=1)
+        tokens = torch.cat([tokens, told(place, drawn)], dim=1)
     return tokens.cpu()
 
 

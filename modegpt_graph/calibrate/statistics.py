@@ -16,6 +16,11 @@ from modegpt_graph.trace.operations import Effect, effect
 COLUMN_BLOCKS = 4
 
 
+def exact(values: Tensor) -> Tensor:
+    """In single precision at least: half would lose what is small beside the largest of a sum or a difference."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class Gram:
     """Σ [X, 1]ᵀ [X, 1] in float64 over all rows added, (N + 1, N + 1).
 
@@ -102,7 +107,7 @@ class ConsumerCollector:
 
     def add(self, name: str, value: Tensor) -> None:
         """Another batch of what the consumer reads."""
-        self._gram.add(value.float() if value.dtype != torch.float64 else value)
+        self._gram.add(exact(value))
 
     def statistics(self, site: str) -> ConsumerStatistics:
         """The sums so far. Raises OverflowedActivations where they are not finite."""
@@ -128,7 +133,7 @@ class ExpertCollector:
         if name == "offsets":
             self._ends = value.tolist()
             return
-        value = value.float() if value.dtype != torch.float64 else value
+        value = exact(value)
         parts = value if self._ends is None else value[: self._ends[-1]].tensor_split(self._ends[:-1])
         for gram, part in zip(self._grams, parts, strict=True):
             if len(part):
@@ -163,7 +168,7 @@ class ScoreCollector:
         """Another batch of queries (…, H, S, d) or keys."""
         sums = self._queries if name == "query" else self._keys
         chosen = self._by_head(name, value).transpose(0, 1).flatten(1, 2)  # (G·g, B·S, d)
-        chosen = chosen.float() if chosen.dtype != torch.float64 else chosen
+        chosen = exact(chosen)
         sums += (chosen.mT @ chosen).double().view_as(sums)
         if name == "query":
             self._rows += chosen.shape[1]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.sampling import ANY, OWN_WINDOW, Start, own_windows, sample_windows
+from modegpt_graph.calibrate.sampling import ANY, Start, own_window, own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
@@ -49,7 +49,7 @@ class Calibration:
         """
         if self.is_sampled or not share:
             return self
-        turn = self.turn if 2 * len(self.turn) <= min(OWN_WINDOW, self.tokens.shape[1]) else ()
+        turn = self.turn if 2 * len(self.turn) <= own_window(self.tokens) else ()
         own = own_windows(model, self.tokens, share, seed, self.start, turn, progress)
         if own is None:
             return self

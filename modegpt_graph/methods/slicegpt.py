@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modegpt_graph.calibrate.statistics import exact
 from modegpt_graph.errors import InputError
 from modegpt_graph.methods.common import Pass, Setting, Smaller, check_runs
 from modegpt_graph.methods.inputs import Place, observe, unchanged
@@ -108,7 +109,7 @@ class SlicedNorm(nn.Module):
     def forward(self, stream: Tensor) -> Tensor:
         """(…, k) to (…, k)."""
         self.seen = stream
-        wide = stream.float() if stream.dtype != torch.float64 else stream
+        wide = exact(stream)
         return (wide * (wide.square().sum(-1, keepdim=True) / self.width + self.epsilon).rsqrt()).to(stream.dtype)
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.statistics import Gram
+from modegpt_graph.calibrate.statistics import Gram, exact
 from modegpt_graph.decompose.correction import correction, step_length
 from modegpt_graph.decompose.scaled import ScaledRows, scaled_direction, scaled_step_length
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
-from modegpt_graph.rewrite.recorded import error_when_called, exact, recorded, taken
+from modegpt_graph.rewrite.recorded import error_when_called, recorded, taken
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
 from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, stream_entries
 

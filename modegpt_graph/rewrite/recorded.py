@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from modegpt_graph.calibrate.statistics import exact
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
 
 
@@ -76,8 +77,3 @@ def error_when_called(module: nn.Module, consumer: nn.Module, calls: Sequence[Ca
     finally:
         handle.remove()
     return lost / size if size else 0.0
-
-
-def exact(values: Tensor) -> Tensor:
-    """Differences of a stream are small beside it: half precision would lose them."""
-    return values if values.dtype == torch.float64 else values.float()

@@ -2,9 +2,10 @@
 
 The one-shot solutions are fitted to the inputs that each site has in the dense model. In the smaller model a site reads
 what the sites before it have left. So both models go over the calibration tokens side by side; at every consumer the
-smaller model's features are fitted to the dense model's output plus all that the residual stream has lost so far, and
-the passes go on with the new matrix. Where a producer does nothing but scale the features, as a gated MLP's up
-projection, they are linear in it too: it is fitted to what the consumer leaves. Nothing else changes.
+smaller model's features are fitted to the dense model's output plus all that the residual stream has lost so far (to
+the former alone where a norm follows), and the passes go on with the new matrix. Where a producer does nothing but
+scale the features, as a gated MLP's up projection, they are linear in it too: it is fitted to what the consumer leaves.
+Nothing else changes.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from modegpt_graph.calibrate.statistics import Gram, exact
 from modegpt_graph.decompose.correction import correction, step_length
@@ -88,7 +90,7 @@ def recalibrate(
                 (path,) = paths
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
-                targets = [(_target(*pair, entry.constant), pair[1].state["features"]) for pair in passes]
+                targets = [(_target(*pair, entry), pair[1].state["features"]) for pair in passes]
                 _fit(branch, targets)
                 calls = [call for one, _ in passes if (call := taken(one, path)) is not None]
                 known = path in scalings and len(calls) == len(passes)
@@ -112,12 +114,16 @@ def _pass(model: nn.Module, tokens: Tensor) -> SteppedPass:
     return SteppedPass(lambda: forward_logits(model, tokens))
 
 
-def _target(dense: SteppedPass, smaller: SteppedPass, constant: float) -> Tensor:
-    """What should enter the stream: what does in the dense model, and what the stream has lost before."""
-    before, stream, branch = (
-        exact(one) for one in (dense.state["before"], smaller.state["stream"], dense.state["branch"])
-    )
-    return branch + ((before - stream) / constant).reshape(branch.shape)
+def _target(dense: SteppedPass, smaller: SteppedPass, entry: Entry) -> Tensor:
+    """What should enter the stream: what does in the dense model, and what the stream has lost before.
+
+    Where a norm follows, only the former: a norm leaves what enters no length of its own to make up for a loss.
+    """
+    branch = exact(dense.state["branch"])
+    if entry.is_normed:
+        return branch
+    lost = exact(dense.state["before"]) - exact(smaller.state["stream"])
+    return branch + (lost / entry.constant).reshape(branch.shape)
 
 
 @dataclass
@@ -135,14 +141,15 @@ class _Branch:
     """A consumer of the smaller model, with what stands between it and the stream."""
 
     def __init__(self, model: nn.Module, path: str, entry: Entry) -> None:
-        self.model, self.linear, self._gains = model, linear_at(model, path), entry.gains
+        self.model, self.linear = model, linear_at(model, path)
+        self._gains, self._is_normed = entry.gains, entry.is_normed
         self._follower = None if entry.follower is None else model.get_submodule(entry.follower)
 
     def left(self, target: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """(T, 1) weights of rows, and (T, D) what the weighed features' product with a change of the matrix should be.
 
         Where a module follows, rows are weighed by what it scales them with, and columns divided by its gains: to first
-        order that is the change of what enters the stream.
+        order that is the change of what enters the stream. A norm takes no notice of changes along its row.
         """
         output = self.linear(features)
         branch = output if self._follower is None else self._follower(output)
@@ -152,7 +159,11 @@ class _Branch:
             return missing.new_ones(len(missing), 1), missing
         gains = self._gains.to(missing.dtype)
         used = gains.abs() > SMALLEST_GAIN * gains.abs().max()
-        return row_scales(output, branch, gains), torch.where(used, missing / gains, 0.0)
+        left = torch.where(used, missing / gains, 0.0)
+        if self._is_normed:
+            directions = functional.normalize(output, dim=-1)
+            left = left - directions * (directions * left).sum(-1, keepdim=True)
+        return row_scales(output, branch, gains), left
 
 
 def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]]) -> None:

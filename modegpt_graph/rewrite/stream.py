@@ -19,12 +19,14 @@ class Entry:
     """A consumer's output o enters the stream as constant · o, or as constant · follower(o).
 
     follower: path of a module, in the model, that scales rows and columns and does nothing else (a norm without a
-    mean): follower(o)_td = s_t · gains_d · o_td.   gains: (D,) float64, None without a follower.
+    mean): follower(o)_td = s_t · gains_d · o_td.   gains: (D,) float64, None without a follower.   is_normed: whether
+    all rows of s_t · o_t are as long: then what enters the stream cannot make up for what the stream has lost.
     """
 
     constant: float
     follower: str | None = None
     gains: Tensor | None = None
+    is_normed: bool = False
 
 
 @dataclass
@@ -138,7 +140,8 @@ def _entries_of(layer: _Layer, model: nn.Module) -> dict[str, Entry]:
         bias = getattr(model.get_submodule(path), "bias", None)
         if follower is not None and (gains is None or bias is not None):
             return {}
-        entries[path] = Entry(constant, follower, gains)
+        is_normed = gains is not None and _are_as_long(layer.outputs[path], branch, gains)
+        entries[path] = Entry(constant, follower, gains, is_normed)
     return entries
 
 
@@ -155,11 +158,19 @@ def _constants(change: Tensor, branches: dict[str, Tensor]) -> dict[str, float]:
 def _gains(output: Tensor, branch: Tensor) -> Tensor | None:
     """The gains of a module that scales rows and columns, by alternating least squares; None of one that does more."""
     output, branch = output.double().flatten(0, -2), branch.double().flatten(0, -2)
+    scales = 1 / output.norm(dim=-1, keepdim=True).clamp_min(1e-30)  # those of a norm, but for a constant
     gains = torch.ones(output.shape[-1], dtype=torch.float64)
-    scales = output.new_ones(len(output), 1)
     for _ in range(SCALE_ROUNDS):
-        scales = row_scales(output, branch, gains)
         scaled = output * scales
         gains = (scaled * branch).sum(0) / scaled.square().sum(0).clamp_min(1e-30)
+        scales = row_scales(output, branch, gains)
     left = (branch - output * scales * gains).norm() / branch.norm().clamp_min(1e-30)
     return gains if float(left) < EXPLAINED else None
+
+
+def _are_as_long(output: Tensor, branch: Tensor, gains: Tensor) -> bool:
+    """Whether most rows s_t · o_t have one length: few are so small that what a norm adds under its root tells."""
+    output, branch = output.double().flatten(0, -2), branch.double().flatten(0, -2)
+    lengths = (row_scales(output, branch, gains) * output).norm(dim=-1)
+    middle = lengths.median()
+    return float((lengths - middle).abs().median()) < EXPLAINED * float(middle)

@@ -78,6 +78,63 @@ def test_a_norm_after_a_consumer_is_found_with_its_gains() -> None:
         torch.testing.assert_close(one.gains / one.gains.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_takes_the_length_of_what_it_is_given() -> None:
+    model = build("gemma2", "cpu")
+    consumers = paths(model, "o_proj", "down_proj")
+    for path in consumers:
+        model.get_submodule(path).weight.data *= 1e4
+    found = stream_entries(model, layers(model), consumers, tokens()[:1])
+    assert len(found) == len(consumers)
+    assert all(one.is_normed for one in found.values())
+
+
+class NormedLayer(nn.Module):
+    def __init__(self, gains: torch.Tensor) -> None:
+        super().__init__()
+        self.consumer = nn.Linear(len(gains), len(gains), bias=False)
+        self.norm = nn.RMSNorm(len(gains))
+        nn.init.eye_(self.consumer.weight)
+        self.norm.weight.data = gains
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        return stream + self.norm(self.consumer(stream))
+
+
+def test_a_norm_of_unlike_gains_is_found_where_one_token_is_huge() -> None:
+    torch.manual_seed(69)
+    gains, table = torch.exp(4 * torch.randn(32)), torch.randn(64, 32)
+    table[:, 3] *= 0.1
+    table[0] *= 0.1
+    table[0, 3] = 100
+    model = nn.Sequential(nn.Embedding.from_pretrained(table), NormedLayer(gains)).requires_grad_(False)
+    found = stream_entries(model, ["1"], ["1.consumer"], torch.arange(64)[None])
+    assert [one.is_normed for one in found.values()] == [True]
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 32), requires_grad=False)
+
+    def forward(self, output: torch.Tensor) -> torch.Tensor:
+        return self.weight * output
+
+
+def test_a_follower_that_scales_columns_alone_is_no_norm_and_makes_up_for_what_is_lost() -> None:
+    dense = build("gemma2", "cpu")
+    for layer in dense.model.layers:
+        layer.post_attention_layernorm, layer.post_feedforward_layernorm = Scaled(), Scaled()
+    consumers = paths(dense, "o_proj", "down_proj")
+    found = stream_entries(dense, layers(dense), consumers, tokens()[:1])
+    assert [one.is_normed for one in found.values()] == [False] * len(consumers)
+    broken = "model.layers.0.self_attn.o_proj"
+    smaller = copy.deepcopy(dense)
+    nn.init.zeros_(smaller.get_submodule(broken).weight)
+    before = kl_divergence(dense, smaller, tokens(1))
+    recalibrate(dense, smaller, layers(dense), consumers | {broken: False}, [tokens()])
+    assert kl_divergence(dense, smaller, tokens(1)) < 0.7 * before
+
+
 def test_a_follower_that_does_more_than_scale_has_no_entry() -> None:
     model = build("gemma2", "cpu")
     for layer in model.model.layers:

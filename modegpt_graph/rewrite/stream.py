@@ -136,12 +136,13 @@ def _entries_of(layer: _Layer, model: nn.Module) -> dict[str, Entry]:
     entries = {}
     for path, constant in constants.items():
         follower, branch = branches[path]
-        gains = None if follower is None else _gains(layer.outputs[path], branch)
-        bias = getattr(model.get_submodule(path), "bias", None)
-        if follower is not None and (gains is None or bias is not None):
+        if follower is None:
+            entries[path] = Entry(constant)
+            continue
+        found = _scaling(layer.outputs[path], branch)
+        if found is None or getattr(model.get_submodule(path), "bias", None) is not None:
             return {}
-        is_normed = gains is not None and _are_as_long(layer.outputs[path], branch, gains)
-        entries[path] = Entry(constant, follower, gains, is_normed)
+        entries[path] = Entry(constant, follower, *found)
     return entries
 
 
@@ -155,8 +156,12 @@ def _constants(change: Tensor, branches: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(branches, found.tolist(), strict=True))
 
 
-def _gains(output: Tensor, branch: Tensor) -> Tensor | None:
-    """The gains of a module that scales rows and columns, by alternating least squares; None of one that does more."""
+def _scaling(output: Tensor, branch: Tensor) -> tuple[Tensor, bool] | None:
+    """The gains of a module that scales rows and columns, by alternating least squares; None of one that does more.
+
+    With them whether it is a norm: most rows s_t · o_t have one length, but for the few so small that what a norm adds
+    under its root tells.
+    """
     output, branch = output.double().flatten(0, -2), branch.double().flatten(0, -2)
     scales = 1 / output.norm(dim=-1, keepdim=True).clamp_min(1e-30)  # those of a norm, but for a constant
     gains = torch.ones(output.shape[-1], dtype=torch.float64)
@@ -164,13 +169,10 @@ def _gains(output: Tensor, branch: Tensor) -> Tensor | None:
         scaled = output * scales
         gains = (scaled * branch).sum(0) / scaled.square().sum(0).clamp_min(1e-30)
         scales = row_scales(output, branch, gains)
-    left = (branch - output * scales * gains).norm() / branch.norm().clamp_min(1e-30)
-    return gains if float(left) < EXPLAINED else None
-
-
-def _are_as_long(output: Tensor, branch: Tensor, gains: Tensor) -> bool:
-    """Whether most rows s_t · o_t have one length: few are so small that what a norm adds under its root tells."""
-    output, branch = output.double().flatten(0, -2), branch.double().flatten(0, -2)
-    lengths = (row_scales(output, branch, gains) * output).norm(dim=-1)
+    scaled = output * scales
+    left = (branch - scaled * gains).norm() / branch.norm().clamp_min(1e-30)
+    if not float(left) < EXPLAINED:
+        return None
+    lengths = scaled.norm(dim=-1)
     middle = lengths.median()
-    return float((lengths - middle).abs().median()) < EXPLAINED * float(middle)
+    return gains, float((lengths - middle).abs().median()) < EXPLAINED * float(middle)

@@ -137,14 +137,14 @@ class Prepared:
         decomposed, progress = self.decomposed, self.progress
         with clock("solve"), progress.stage("solve"):
             first = decomposed.solutions(ranks)
+            solutions, starts = decomposed.loosened(first) if self.recalibrates else (first, {})
         with clock("rewrite"), progress.stage("rewrite"):
             self.contents.restore()
-            smaller, rewritten = decomposed.model(first)
+            smaller, rewritten = decomposed.model(solutions)
         contents = Contents(smaller)
-        solutions: Mapping[str, Solution] = first
         if self.recalibrates:
             with clock("recalibrate"):
-                solutions = decomposed.recalibrated(smaller, first)
+                solutions = decomposed.recalibrated(smaller, solutions, starts)
         contents.restore()
         return Built(smaller, rewritten, first, solutions)
 

@@ -62,17 +62,20 @@ def refit(
     unit = mean_diagonal(gram)
     metric = spread.lift(spread.lift(gram).mT)  # Bᵀ C B
     own = spread.own()
-    start = torch.linalg.solve(own, spread.lift(weight)) if prior is None else prior.double()
+    lifted = spread.lift(weight)
+    start = prior.double() if prior is not None else lifted if own is None else torch.linalg.solve(own, lifted)
     pull = spread.lift(cross @ weight) - metric @ start
     # Solved for the step away from the prior, in the metric BᵀB, so that the ridge acts on features, not on
     # coefficients.
-    root = factorise(own, 0.0, "basis").lower
-    whitened = torch.linalg.solve_triangular(
-        root, torch.linalg.solve_triangular(root, metric, upper=False).mT, upper=False
-    )
+    root = None if own is None else factorise(own, 0.0, "basis").lower
+    whitened, wanted = metric, pull
+    if root is not None:
+        half = torch.linalg.solve_triangular(root, metric, upper=False)
+        whitened = torch.linalg.solve_triangular(root, half.mT, upper=False)
+        wanted = torch.linalg.solve_triangular(root, pull, upper=False)
     lower = factorise((whitened + whitened.mT) / 2, ridge, unit=unit).lower
-    step = torch.cholesky_solve(torch.linalg.solve_triangular(root, pull, upper=False), lower)
-    fitted = start + torch.linalg.solve_triangular(root.mT, step, upper=True)
+    step = torch.cholesky_solve(wanted, lower)
+    fitted = start + (step if root is None else torch.linalg.solve_triangular(root.mT, step, upper=True))
 
     error = (energy(target, weight) - 2 * (fitted * spread.lift(cross @ weight)).sum() + energy(metric, fitted)).item()
     if not has_drifted:
@@ -114,8 +117,8 @@ class _Spread:
         """B·matrix."""
         raise NotImplementedError
 
-    def own(self) -> Tensor:
-        """Bᵀ B."""
+    def own(self) -> Tensor | None:
+        """Bᵀ B; None where it is the identity."""
         raise NotImplementedError
 
 
@@ -161,8 +164,8 @@ class _Columns(_Spread):
         full[self.kept] = matrix
         return full
 
-    def own(self) -> Tensor:
-        return torch.eye(len(self.kept), dtype=torch.float64)
+    def own(self) -> None:
+        return None
 
 
 def _spread(basis: Tensor, features: int) -> _Spread:

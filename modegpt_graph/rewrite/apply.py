@@ -245,10 +245,18 @@ def refit_in(linear: nn.Linear, members: Tensor, layout: Layout, solution: Solut
 
     members: (G, g, d) input columns that they had before the rewrite.
     """
+    rows = linear.weight.detach().double().T[columns_in(linear, members, layout, solution)]
+    return rows, None if linear.bias is None else linear.bias.detach().double()
+
+
+def columns_in(linear: nn.Linear, members: Tensor, layout: Layout, solution: Solution) -> Tensor:
+    """(G, g, k) input columns that a rewritten consumer has for a site's features.
+
+    members: (G, g, d) those that they had before the rewrite.
+    """
     targets = _targets(members, slots(layout, [kept.shape[1] for kept in solution.kept]))
     stays = _columns_that_stay(members, targets, linear.in_features + members.numel() - targets.numel())
-    rows = linear.weight.detach().double().T[stays.cumsum(0)[targets] - 1]
-    return rows, None if linear.bias is None else linear.bias.detach().double()
+    return stays.cumsum(0)[targets] - 1
 
 
 def rows_in(linear: nn.Linear, members: Mapping[str, Tensor], layout: Layout, solution: Solution) -> dict[str, Tensor]:

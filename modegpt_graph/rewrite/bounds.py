@@ -199,18 +199,32 @@ class ValueBounds(Bounds):
 
 
 @dataclass(frozen=True, eq=False)
+class ScaledBounds(Bounds):
+    """Bounds of a solver that supposes another Gram matrix than was seen: its curve is of what it supposes.
+
+    scale: a squared error over what was seen is at most so many times the bound; None where that is not known.
+    """
+
+    supposed: Bounds
+    scale: float | None
+
+    @cached_property
+    def curve(self) -> Tensor | None:
+        return self.supposed.curve
+
+    def of(self, solution: Solution) -> tuple[float | None, ...]:
+        known = self.supposed.of(solution)
+        return tuple(None if one is None or self.scale is None else one * self.scale for one in known)
+
+
+@dataclass(frozen=True, eq=False)
 class ExpertBounds(Bounds):
     """Experts in one tensor: their curve is of what all put out, a bound is of each alone, over the tokens it saw.
 
-    bounds, sizes: of every expert as its solver supposes it, from a Gram matrix with products of features drawn towards
-    zero.   left: s of every expert; a squared error is at most 1/s of what it is there, and not known for 0.
-    seen: ‖X W + b‖² over its tokens.
+    shares: (E,) of each in what all put out.
     """
 
     bounds: tuple[Bounds, ...]
-    sizes: tuple[float, ...]
-    left: tuple[float, ...]
-    seen: tuple[float, ...]
     shares: Tensor
 
     @cached_property
@@ -222,13 +236,7 @@ class ExpertBounds(Bounds):
         return (self.shares[:, None] * torch.stack(known)).sum(0)
 
     def of(self, solution: Solution) -> tuple[float | None, ...]:
-        found: list[float | None] = []
-        for copy, (bounds, size, left, seen) in enumerate(
-            zip(self.bounds, self.sizes, self.left, self.seen, strict=True)
-        ):
-            (bound,) = bounds.of(solution.of_copy(copy))
-            found.append(None if bound is None or not left or not seen else bound * size / left / seen)
-        return tuple(found)
+        return tuple(bounds.of(solution.of_copy(copy))[0] for copy, bounds in enumerate(self.bounds))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -12,6 +12,7 @@ from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.calibrate.outliers import outlier_shares
+from modegpt_graph.calibrate.statistics import ConsumerStatistics
 from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.progress import NullProgress, Progress
@@ -21,6 +22,7 @@ from modegpt_graph.rewrite.costs import BUDGETS, Costs
 from modegpt_graph.rewrite.expected import expected_divergences
 from modegpt_graph.rewrite.influence import influences
 from modegpt_graph.rewrite.presets import PRESETS, Preset
+from modegpt_graph.rewrite.problem import Solver
 from modegpt_graph.rewrite.ranks import (
     block_ranks,
     curve_ranks,
@@ -32,8 +34,13 @@ from modegpt_graph.rewrite.ranks import (
 )
 from modegpt_graph.rewrite.recalibrated import recalibrated
 from modegpt_graph.rewrite.selection import Trial, try_selections
-from modegpt_graph.rewrite.solution import Solution
-from modegpt_graph.rewrite.solve import Recipe, Solver
+from modegpt_graph.rewrite.shrunk import ShrunkSolver
+from modegpt_graph.rewrite.solution import Solution, rank_of
+from modegpt_graph.rewrite.solve import Recipe
+
+SHRINKAGE = 0.5  # of where recalibration starts; the best of 0.03 to 0.7 for other text
+MOST_LOST = 1.5  # times the error of the refit to the text: a model in which features do go together loses far more
+RIDGE = Recipe().ridge
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Decomposed:
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
     items: parameters that a rank of each site has.   texts: (windows, window) each, the calibration text first.
     costs: what all of the model and each rank costs, in every budget.   how: the algorithms that errors are of.
-    trials: how features came to be chosen.   memory: what earlier runs found.
+    trials: how features came to be chosen.   remade: a site's solver by the algorithm that was chosen for it, with this
+    shrinkage.   memory: what earlier runs found.
     """
 
     dense: nn.Module
@@ -57,6 +65,7 @@ class Decomposed:
     costs: Costs
     how: str = ""
     trials: tuple[Trial, ...] = ()
+    remade: Callable[[str, float], Solver] = field(kw_only=True, repr=False)
     memory: Memory = field(default_factory=Memory, repr=False)
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
@@ -138,13 +147,36 @@ class Decomposed:
         smaller = [item.id for item in self.items if ranks[item.id] < item.full_rank]
         return {site: self.solvers[site].solution(ranks[site]) for site in smaller}
 
+    def loosened(self, solutions: Mapping[str, Solution]) -> tuple[dict[str, Solution], dict[str, Solution]]:
+        """Solutions to recalibrate, and those that its fits start from: as if features went less together.
+
+        How features go together differs from text to text more than how large they are, and recalibration sees to what
+        that costs on the calibration text. Where it would cost too much for that, a site stays as it is.
+        """
+        found, starts = dict(solutions), {}
+        for placed in (placed for one in self.modules for placed in one.placed):
+            site, own = placed.site.id, solutions.get(placed.site.id)
+            if own is None or not isinstance(self.observed.statistics[site], ConsumerStatistics):
+                continue
+            solver = self.remade(site, SHRINKAGE)
+            if isinstance(solver, ShrunkSolver):
+                start = solver.solution(rank_of(own.kept, placed.footprint.layout))
+                if (start.relative_error or 0.0) <= MOST_LOST * (own.relative_error or 0.0):
+                    found[site], starts[site] = solver.refitted(start, RIDGE), start
+        return found, starts
+
     def model(self, solutions: Mapping[str, Solution]) -> tuple[nn.Module, tuple[RewrittenModule, ...]]:
         """A copy of the dense model with these solutions in place, and the modules that were rewritten."""
         smaller = copy.deepcopy(self.dense)
         return smaller, rewrite(smaller, self.modules, solutions)
 
-    def recalibrated(self, smaller: nn.Module, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
-        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read."""
+    def recalibrated(
+        self, smaller: nn.Module, solutions: Mapping[str, Solution], starts: Mapping[str, Solution]
+    ) -> dict[str, Solution]:
+        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read.
+
+        starts: as from `loosened`.
+        """
         return recalibrated(
             self.dense,
             smaller,
@@ -152,6 +184,7 @@ class Decomposed:
             self.layers,
             self.observed.statistics,
             solutions,
+            starts,
             self.texts,
             self.progress,
         )
@@ -188,20 +221,25 @@ def decompose(
     """Every site's solver, by the preset's algorithms, from what was observed on the calibration tokens."""
     progress, memory = progress or NullProgress(), memory or Memory()
     paths = {placed.site.id: one.path for one in modules for placed in one.placed}
+    sites = {placed.site.id: placed for one in modules for placed in one.placed}
+    surgeon = replace(preset.recipe, selection="surgeon")
 
     def made(one: Placed, recipe: Recipe) -> Solver:
         module = dense.get_submodule(paths[one.site.id])
         return preset.solver(one, module, observed.statistics[one.site.id], recipe)
 
+    def remade(site: str, shrinkage: float) -> Solver:
+        recipe = surgeon if site in changed else preset.recipe
+        return made(sites[site], replace(recipe, shrinkage=shrinkage))
+
     solvers = {}
-    with progress.stage("decompose", len(paths)) as stage:
-        for placed in (placed for one in modules for placed in one.placed):
-            solvers[placed.site.id] = made(placed, preset.recipe)
+    with progress.stage("decompose", len(sites)) as stage:
+        for site, placed in sites.items():
+            solvers[site] = made(placed, preset.recipe)
             stage.advance()
     items, how, trials = site_items(modules), f"{preset.recipe} {preset.solver.__name__}", ()
     changed: dict[str, Solver] = {}
     if preset.tries_selections:
-        surgeon = replace(preset.recipe, selection="surgeon")
         changed, trials = try_selections(
             dense, modules, layers, items, solvers, lambda one: made(one, surgeon), texts[0], how, memory, progress
         )
@@ -217,6 +255,7 @@ def decompose(
         costs,
         how=f"{how}, by the surgeon: {sorted(changed)}",
         trials=trials,
+        remade=remade,
         memory=memory,
         progress=progress,
     )

@@ -14,8 +14,9 @@ from modegpt_graph.decompose.nystrom import consumer, refit_rows, selection_orde
 from modegpt_graph.decompose.value_output import paper_value_output
 from modegpt_graph.match.site_module import Placed
 from modegpt_graph.rewrite.bounds import Bounds, ColumnsBounds, ValueBounds
+from modegpt_graph.rewrite.problem import Problem, Solver, consumer_problem
 from modegpt_graph.rewrite.solution import Solution
-from modegpt_graph.rewrite.solve import Problem, Recipe, ScoreBlocks, Solver, consumer_problem, solver
+from modegpt_graph.rewrite.solve import Recipe, ScoreBlocks, solver
 
 
 def paper_solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Recipe) -> Solver:
@@ -49,7 +50,7 @@ class PaperColumns:
     def __init__(self, problem: Problem, recipe: Recipe) -> None:
         count = problem.weight.shape[0]
         self._role = problem.role
-        self._total = _total(problem)
+        self._total = problem.size
         self._problem = consumer(problem.gram[:count, :count], problem.weight)
         gram, weight = self._problem.gram, self._problem.weight
         order = selection_order(gram, weight, "leverage", ridge=0.0, leverage_ridge=recipe.leverage_ridge)
@@ -103,10 +104,4 @@ class PaperBasis:
         lost = float(energy(problem.gram[:count, :count], problem.weight - spread))
         kept = (torch.arange(rank).expand(self._layout.groups, -1),)
         refits = {problem.role: (found.output, None)}
-        return Solution(kept, {self._role: found.basis[:, None]}, refits, ratio_of(lost, _total(problem)))
-
-
-def _total(problem: Problem) -> float:
-    """‖X W + b‖²."""
-    weight = problem.weight if problem.bias is None else torch.cat([problem.weight, problem.bias[None]])
-    return float(energy(problem.gram, weight))
+        return Solution(kept, {self._role: found.basis[:, None]}, refits, ratio_of(lost, problem.size))

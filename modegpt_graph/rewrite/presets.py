@@ -9,7 +9,8 @@ from modegpt_graph.calibrate.statistics import Statistics
 from modegpt_graph.errors import InputError
 from modegpt_graph.match.modules import Placed
 from modegpt_graph.rewrite.paper import paper_solver
-from modegpt_graph.rewrite.solve import Recipe, Solver, solver
+from modegpt_graph.rewrite.problem import Solver
+from modegpt_graph.rewrite.solve import Recipe, solver
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.expected import expected_divergences, is_told
 from modegpt_graph.rewrite.influence import influences
-from modegpt_graph.rewrite.solve import Solver
+from modegpt_graph.rewrite.problem import Solver
 
 ALLOCATORS = ("curves", "block-influence", "split-influence", "owl", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives

@@ -33,6 +33,7 @@ PASSES = (4, 16)  # at least and at most, where there are as many windows
 HELD_OUT = 4  # every fourth pass is left out of the fit that finds the length of the step
 PROBE_TOKENS = 64
 FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative too; they left least of other text's error
+Matrix = tuple[Tensor, Tensor | None]  # (D, K) weight and (D,) bias
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
 
 
@@ -55,6 +56,7 @@ def recalibrate(
     texts: Sequence[Tensor],
     progress: Progress | None = None,
     producers: Mapping[str, Producers] | None = None,
+    starts: Mapping[str, Matrix] | None = None,
 ) -> dict[str, float]:
     """Change the weights (and biases) of `smaller`'s consumers in place, and the weights of producers that scale.
 
@@ -62,8 +64,9 @@ def recalibrate(
     on the inputs that their modules have in the dense model.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
-    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   producers:
-    consumer → where its features come from.
+    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   starts:
+    consumer → matrix that its fit begins with, where it is not the one in place.   producers: consumer → where its
+    features come from.
     A layer is left as it is where its output is not its input plus what its consumers put out, scaled or not (experts,
     say), for then what the stream has lost is not known there.
     """
@@ -90,6 +93,7 @@ def recalibrate(
                 (path,) = paths
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
+                _start(branch.linear, (starts or {}).get(path))
                 targets = [(_target(*pair, entry), pair[1].state["features"]) for pair in passes]
                 _fit(branch, targets)
                 calls = [call for one, _ in passes if (call := taken(one, path)) is not None]
@@ -102,6 +106,14 @@ def recalibrate(
                 for one in pair:
                     one.abandon()
     return errors
+
+
+def _start(linear: nn.Linear, matrix: Matrix | None) -> None:
+    if matrix is not None:
+        weight, bias = matrix
+        linear.weight.data = weight.to(linear.weight)
+        if linear.bias is not None and bias is not None:
+            linear.bias.data = bias.to(linear.bias)
 
 
 def _batches(tokens: Tensor) -> Sequence[Tensor]:

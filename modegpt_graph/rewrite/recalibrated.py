@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
 from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.progress import Progress
-from modegpt_graph.rewrite.apply import refit_in, rows_in
+from modegpt_graph.rewrite.apply import columns_in, refit_in, rows_in
 from modegpt_graph.rewrite.linears import linear_at
-from modegpt_graph.rewrite.recalibrate import Producers, recalibrate
+from modegpt_graph.rewrite.problem import consumer_error, consumer_problem
+from modegpt_graph.rewrite.recalibrate import Matrix, Producers, recalibrate
 from modegpt_graph.rewrite.solution import Solution
-from modegpt_graph.rewrite.solve import consumer_error, consumer_problem
 from modegpt_graph.trace.linear import Linear
 
 
@@ -24,13 +24,15 @@ def recalibrated(
     layers: Sequence[str],
     statistics: Mapping[str, Statistics],
     solutions: Mapping[str, Solution],
+    starts: Mapping[str, Solution],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
 ) -> dict[str, Solution]:
     """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes.
 
     A consumer of several sites, which reads what they make side by side, is left as it is.
-    smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
+    smaller: the dense model rewritten by `solutions`.   starts: site → a solution with the same features, which the fit
+    of its consumer begins with.   Errors are those of the new matrices, on the inputs that the
     sites have in the dense model, as all errors are.
     """
     places = _places(smaller, modules)
@@ -53,7 +55,12 @@ def recalibrated(
     watched = {*places, *(path for own in producers.values() for path in own)}
     before = {path: linear_at(smaller, path).weight.data for path in watched}
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
-    errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
+    first = {
+        path: _start(linear_at(smaller, path), placed, starts[placed.site.id])
+        for path, (_, placed) in places.items()
+        if may_change[path] and placed.site.id in starts
+    }
+    errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources, first)
     changed = {path for path, data in before.items() if linear_at(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
@@ -73,8 +80,17 @@ def recalibrated(
         found[site] = replace(found[site], refits={role: refit})
         if path not in errors:
             problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
-            found[site] = replace(found[site], relative_error=consumer_error(problem, members, layout, found[site]))
+            found[site] = replace(found[site], relative_error=consumer_error(problem, layout, found[site]))
     return found
+
+
+def _start(linear: nn.Linear, placed: Placed, solution: Solution) -> Matrix:
+    """The matrix that a consumer has by another solution with the same features."""
+    ((role, (rows, bias)),) = solution.refits.items()
+    layout = placed.footprint.layout
+    weight = linear.weight.detach().double().T.clone()
+    weight[columns_in(linear, layout.members[role], layout, solution)] = rows
+    return weight.T.to(linear.weight.dtype), bias
 
 
 def _is_alone(one: SiteModule, modules: Sequence[SiteModule]) -> bool:

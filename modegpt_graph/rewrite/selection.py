@@ -13,8 +13,9 @@ from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.expected import NOISE
 from modegpt_graph.rewrite.influence import influences
+from modegpt_graph.rewrite.problem import Solver
 from modegpt_graph.rewrite.ranks import probe_tokens
-from modegpt_graph.rewrite.solve import ConsumerColumns, Solver
+from modegpt_graph.rewrite.solve import ConsumerColumns
 
 TRIAL_SITES = 4  # of each kind, evenly over the depth
 CLEARLY = 0.8  # times the divergence: what does less for one site alone by a little may do more in company

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
 from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
 from modegpt_graph.decompose.logits import Scale
-from modegpt_graph.decompose.numerics import energy, ratio_of
 from modegpt_graph.decompose.nystrom import Selection, consumer, refit_rows, selection_order
 from modegpt_graph.decompose.refit import refit
+from modegpt_graph.decompose.shrinkage import chance_share, share_left, shrunk
 from modegpt_graph.decompose.svd import query_key_svd
 from modegpt_graph.decompose.value_output import value_output_svd
 from modegpt_graph.errors import ModegptError
@@ -29,9 +28,10 @@ from modegpt_graph.rewrite.bounds import (
     ScoreBasisBounds,
     ScoreBlocksBounds,
 )
-from modegpt_graph.rewrite.experts import Expert, ExpertsSolver, shrunk
-from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
-from modegpt_graph.trace.linear import Linear
+from modegpt_graph.rewrite.experts import ExpertsSolver
+from modegpt_graph.rewrite.problem import Problem, Solver, consumer_problem
+from modegpt_graph.rewrite.shrunk import ShrunkSolver
+from modegpt_graph.rewrite.solution import Solution
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Recipe:
 
     selection: how an MLP's features are chosen.   score, scale: how query/key blocks are chosen and scaled.
     leverage_ridge, ridge: of the leverage scores and of every refit, relative to the mean diagonal.
+    shrinkage: how far products of a consumer's different features are drawn towards zero before; 0 for none.
     """
 
     selection: Selection = "leverage"
@@ -47,39 +48,7 @@ class Recipe:
     ridge: float = 1e-2
     score: Score = "greedy"
     scale: Scale = "none"
-
-
-class Solver(Protocol):
-    """Everything that is known of one site before its rank is: one solver serves every ratio.
-
-    errors: (d + 1,) relative squared error of the pair's output with 0..d features kept.
-    """
-
-    errors: Tensor
-
-    def solution(self, rank: int) -> Solution:
-        """The site's matrices at `rank` features a group."""
-        ...
-
-    def bounds(self) -> Bounds | None:
-        """What its errors can be at most; None where no proposition fits the site."""
-        ...
-
-
-def consumer_error(problem: "Problem", members: Tensor, layout: Layout, solution: Solution) -> float:
-    """‖X W + b − X E − b̂‖² / ‖X W + b‖² for what a solution makes of a consumer: E spreads it over all features.
-
-    members: (G, g, d) the consumer's input columns, for their shape alone.
-    """
-    rows, bias = solution.refits[problem.role]
-    spread = spread_rows(members.shape[2], taken(layout, solution.kept), solution, rows)  # (N, D)
-    whole, difference = problem.weight, problem.weight - spread
-    if problem.bias is not None and bias is not None:
-        whole, difference = (
-            torch.cat([w, b[None]]) for w, b in ((whole, problem.bias), (difference, problem.bias - bias))
-        )
-    gram = problem.gram[: len(whole), : len(whole)]
-    return ratio_of(float(energy(gram, difference)), float(energy(gram, whole)))
+    shrinkage: float = 0.0
 
 
 def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Recipe) -> Solver:
@@ -99,11 +68,17 @@ def solver(placed: Placed, module: nn.Module, statistics: Statistics, recipe: Re
     if others:
         raise ModegptError(f"{site.id}: {1 + len(others)} matrices are to be fitted again; one is supported")
     if isinstance(statistics, ExpertStatistics):
-        return ExpertsSolver([_expert(placed, module, statistics, recipe, copy) for copy in range(linear.copies)])
-    return _consumer_solver(placed, consumer_problem(module, linear, layout, role, statistics.gram), recipe)
+        experts = [_expert(placed, module, statistics, recipe, copy) for copy in range(linear.copies)]
+        return ExpertsSolver(experts, statistics.tokens)
+    seen = consumer_problem(module, linear, layout, role, statistics.gram)
+    if not recipe.shrinkage:
+        return _consumer_solver(placed, seen, recipe)
+    supposed = consumer_problem(module, linear, layout, role, shrunk(statistics.gram, recipe.shrinkage))
+    found = _consumer_solver(placed, supposed, recipe)
+    return ShrunkSolver(seen, supposed, share_left(statistics.gram, recipe.shrinkage), layout, found)
 
 
-def _consumer_solver(placed: Placed, problem: "Problem", recipe: Recipe) -> Solver:
+def _consumer_solver(placed: Placed, problem: Problem, recipe: Recipe) -> Solver:
     if placed.site.decomposition == "svd":
         return ConsumerBasis(placed, problem, recipe)
     if placed.footprint.layout.members[problem.role][..., 0].numel() == 1:
@@ -111,40 +86,16 @@ def _consumer_solver(placed: Placed, problem: "Problem", recipe: Recipe) -> Solv
     return ConsumerHeadColumns(placed, problem, recipe)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A consumer with its input features in the order (group, head, feature).
-
-    gram: (N, N), or (N + 1, N + 1) where there is a bias.   weight: (N, D).
-    """
-
-    role: str
-    gram: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-def _expert(placed: Placed, module: nn.Module, statistics: ExpertStatistics, recipe: Recipe, copy: int) -> Expert:
+def _expert(placed: Placed, module: nn.Module, statistics: ExpertStatistics, recipe: Recipe, copy: int) -> ShrunkSolver:
     """One of the experts of a tensor; of one that saw no tokens the features with the largest weights are kept."""
-    alone = replace(placed, footprint=replace(placed.footprint, layout=placed.footprint.one))
+    layout = placed.footprint.one
+    alone = replace(placed, footprint=replace(placed.footprint, layout=layout))
     ((role, linear),) = placed.footprint.outline.consumers.items()
-    gram, tokens = statistics.grams[copy], statistics.tokens[copy]
-    seen = consumer_problem(module, linear, placed.footprint.one, role, gram, copy)
-    supposed = consumer_problem(module, linear, placed.footprint.one, role, shrunk(gram), copy)
-    found = _consumer_solver(alone, supposed, recipe if tokens else replace(recipe, selection="energy"))
-    return Expert(seen.gram, seen.weight, seen.bias, found, tokens)
-
-
-def consumer_problem(
-    module: nn.Module, linear: Linear, layout: Layout, role: str, gram: Tensor, copy: int | None = None
-) -> Problem:
-    """A consumer's problem in the order of the layout. copy: which expert of a tensor that holds several."""
-    matrix, bias = linear.values(module, copy)
-    weight, bias = matrix.T.double(), None if bias is None else bias.double()  # (N, D), (D,)
-    order = layout.members[role].flatten()
-    last = torch.tensor([weight.shape[0]]) if bias is not None else order[:0]
-    rows = torch.cat([order, last])
-    return Problem(role, gram[rows][:, rows], weight[order], bias)
+    gram = statistics.grams[copy]
+    share = chance_share(gram)
+    seen, supposed = (consumer_problem(module, linear, layout, role, one, copy) for one in (gram, shrunk(gram, share)))
+    own = recipe if statistics.tokens[copy] else replace(recipe, selection="energy")
+    return ShrunkSolver(seen, supposed, share_left(gram, share), layout, _consumer_solver(alone, supposed, own))
 
 
 class ConsumerBasis:

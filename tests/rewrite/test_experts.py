@@ -15,7 +15,6 @@ from torch import Tensor
 
 import modegpt_graph as mg
 from modegpt_graph.rewrite.apply import rewrite
-from modegpt_graph.rewrite.experts import shrunk
 
 LOSSLESS = 1e-5  # of the largest logit, float32: sums in another order move it by about 1e-6
 ROUNDED = 1e-3  # of an error: sums over tens of tokens in float32
@@ -183,21 +182,3 @@ def test_an_expert_that_no_token_reaches_keeps_its_largest_weights_as_they_are()
     before, after = (one.model.layers[0].mlp.experts.down_proj for one in (model, small))
     strongest = before[3].norm(dim=0).argsort(descending=True)[: after.shape[-1]].sort().values
     assert torch.allclose(after[3], before[3][:, strongest])
-
-
-def believed(features: Tensor) -> float:
-    """How much shrinking leaves of the products of different features."""
-    rows = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
-    gram = rows.T @ rows
-    mean = gram[:-1, -1] / gram[-1, -1]
-    centred = [one[:-1, :-1] - gram[-1, -1] * torch.outer(mean, mean) for one in (shrunk(gram), gram)]
-    after, before = ((one - torch.diag(one.diagonal())).norm() for one in centred)
-    return float(after / before)
-
-
-def test_of_few_tokens_only_what_chance_does_not_explain_is_believed() -> None:
-    noise = torch.randn(12, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert believed(noise) < 0.2
-    assert believed(noise[:, :1] + 0.01 * noise) > 0.8
-    nothing = torch.zeros(41, 41, dtype=torch.float64)
-    assert torch.equal(shrunk(nothing), torch.eye(41, dtype=torch.float64))

@@ -1,0 +1,93 @@
+"""What solvers solve: a consumer by its matrix and what it reads, summed over calibration tokens."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modegpt_graph.decompose.numerics import energy, ratio_of
+from modegpt_graph.decompose.refit import refit
+from modegpt_graph.flow.layout import Layout
+from modegpt_graph.rewrite.bounds import Bounds
+from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
+from modegpt_graph.trace.linear import Linear
+
+
+class Solver(Protocol):
+    """Everything that is known of one site before its rank is: one solver serves every ratio.
+
+    errors: (d + 1,) relative squared error of the pair's output with 0..d features kept.
+    """
+
+    errors: Tensor
+
+    def solution(self, rank: int) -> Solution:
+        """The site's matrices at `rank` features a group."""
+        ...
+
+    def bounds(self) -> Bounds | None:
+        """What its errors can be at most; None where no proposition fits the site."""
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A consumer with its input features in the order (group, head, feature).
+
+    gram: (N, N), or (N + 1, N + 1) where there is a bias.   weight: (N, D).
+    """
+
+    role: str
+    gram: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @cached_property
+    def size(self) -> float:
+        """‖X W + b‖²."""
+        weight = self.weight if self.bias is None else torch.cat([self.weight, self.bias[None]])
+        return float(energy(self.gram, weight))
+
+
+def consumer_problem(
+    module: nn.Module, linear: Linear, layout: Layout, role: str, gram: Tensor, copy: int | None = None
+) -> Problem:
+    """A consumer's problem in the order of the layout. copy: which expert of a tensor that holds several."""
+    matrix, bias = linear.values(module, copy)
+    weight, bias = matrix.T.double(), None if bias is None else bias.double()  # (N, D), (D,)
+    order = layout.members[role].flatten()
+    last = torch.tensor([weight.shape[0]]) if bias is not None else order[:0]
+    rows = torch.cat([order, last])
+    return Problem(role, gram[rows][:, rows], weight[order], bias)
+
+
+def consumer_error(problem: Problem, layout: Layout, solution: Solution) -> float:
+    """‖X W + b − X E − b̂‖² / ‖X W + b‖² for what a solution makes of a consumer: E spreads it over all features."""
+    rows, bias = solution.refits[problem.role]
+    spread = spread_rows(layout.size, taken(layout, solution.kept), solution, rows)  # (N, D)
+    whole, difference = problem.weight, problem.weight - spread
+    if problem.bias is not None and bias is not None:
+        whole, difference = (
+            torch.cat([w, b[None]]) for w, b in ((whole, problem.bias), (difference, problem.bias - bias))
+        )
+    gram = problem.gram[: len(whole), : len(whole)]
+    return ratio_of(float(energy(gram, difference)), float(energy(gram, whole)))
+
+
+def refitted(problem: Problem, layout: Layout, solution: Solution, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """The (G, g, k, D) rows and the (D,) bias of a consumer for the features of a solution, fitted to this problem.
+
+    ridge: relative to the mean diagonal; it pulls towards what the solution has in a basis, else to the original rows.
+    """
+    rows, _ = solution.refits[problem.role]
+    groups, heads, count, _ = rows.shape
+    if solution.maps:
+        basis = next(iter(solution.maps.values())).expand(-1, heads, -1, -1).flatten(0, 1)  # (G·g, d, k)
+        prior = rows.flatten(0, 2)
+    else:
+        heads_first = torch.arange(groups * heads).view(groups, heads, 1) * layout.size
+        basis, prior = (heads_first + taken(layout, solution.kept)[:, None]).flatten(), None
+    found = refit(problem.gram, basis, problem.weight, ridge=ridge, bias=problem.bias, prior=prior)
+    return found.weight.view(groups, heads, count, -1), found.bias

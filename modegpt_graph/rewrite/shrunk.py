@@ -1,0 +1,39 @@
+"""A consumer that is solved as if features went less together than they did in the calibration text."""
+
+from dataclasses import replace
+
+from modegpt_graph.flow.layout import Layout
+from modegpt_graph.rewrite.bounds import Bounds, ScaledBounds
+from modegpt_graph.rewrite.problem import Problem, Solver, consumer_error, refitted
+from modegpt_graph.rewrite.solution import Solution
+
+
+class ShrunkSolver:
+    """Solves a problem whose Gram matrix was shrunk; a solution's error, and its bound, are of the one that was seen.
+
+    errors: (d + 1,) as supposed.
+    """
+
+    def __init__(self, seen: Problem, supposed: Problem, left: float, layout: Layout, solver: Solver) -> None:
+        """solver: of what is supposed.   left: what is supposed is so many times what was seen, or more."""
+        self.seen, self._supposed, self._left = seen, supposed, left
+        self._layout, self._solver = layout, solver
+        self.errors = solver.errors
+
+    def bounds(self) -> Bounds | None:
+        """Those of what was supposed, as far as they tell of what was seen."""
+        bounds = self._solver.bounds()
+        told = self._left * self.seen.size
+        return None if bounds is None else ScaledBounds(bounds, self._supposed.size / told if told > 0 else None)
+
+    def solution(self, rank: int) -> Solution:
+        """The site's matrices at `rank` features."""
+        return self._measured(self._solver.solution(rank))
+
+    def refitted(self, solution: Solution, ridge: float) -> Solution:
+        """The same features, with the consumer fitted to what was seen."""
+        refits = {self.seen.role: refitted(self.seen, self._layout, solution, ridge)}
+        return self._measured(replace(solution, refits=refits))
+
+    def _measured(self, solution: Solution) -> Solution:
+        return replace(solution, relative_error=consumer_error(self.seen, self._layout, solution))

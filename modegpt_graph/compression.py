@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.memory import Memory
-from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.calibrate.observe import Calibrated, calibrate
 from modegpt_graph.calibrate.store import Store, run_key
 from modegpt_graph.calibrate.text import Calibration, held_out_windows, windows_line
 from modegpt_graph.errors import InputError, ModegptError
@@ -32,6 +31,7 @@ from modegpt_graph.report.words import plural
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.costs import BUDGETS, CONTEXT, count_costs
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
+from modegpt_graph.rewrite.looseness import sites_tried
 from modegpt_graph.rewrite.presets import PRESETS, preset_named
 from modegpt_graph.rewrite.ranks import ALLOCATORS
 from modegpt_graph.rewrite.solution import Solution
@@ -202,7 +202,7 @@ class Prepared:
             replace(
                 outcome,
                 seconds=clock.seconds,
-                choices=tuple(trial.said for trial in decomposed.trials),
+                choices=decomposed.said(recalibrated=self.recalibrates),
                 search=search,
                 reused=tuple(decomposed.memory.said),
             ),
@@ -300,7 +300,12 @@ def prepare(
             told = (sites, chosen.value_inputs, approximate_norm, dtype)
             memory = Memory(Store.default(), run_key(dense, str(surveyed.trace.graph), text.parts, *told))
         run = partial(calibrate, dense, modules, layers, progress=progress, value_inputs=chosen.value_inputs)
-        observed = memory.calibrated(sites, lambda: reduce(add, map(run, text.parts)))
+
+        def observe() -> Calibrated:
+            found = run(text.tokens)
+            return found if text.own is None else found.with_own(run(text.own), sites_tried(modules))
+
+        observed = memory.calibrated(sites, observe)
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
         costs = count_costs(dense, modules, surveyed.trace, total, context)

@@ -31,6 +31,7 @@ from modegpt_graph.evaluate.tasks import accuracies
 from modegpt_graph.models import forward_logits, positions_of, resolve
 from modegpt_graph.progress import Clock
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
+from modegpt_graph.rewrite.looseness import sites_tried
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 
 PAPER, OURS = PRESETS["paper"], PRESETS["default"]
@@ -123,7 +124,8 @@ class Run:
         with clock("sample"):
             text = text.with_own(of.dense, preset.own_share, self.arguments.seed)
             if text.own is not None:
-                observed += calibrate(of.dense, of.modules, of.layers, text.own)
+                own = calibrate(of.dense, of.modules, of.layers, text.own)
+                observed = observed.with_own(own, sites_tried(of.modules))
         with clock("decompose"):
             return decompose(
                 of.dense,

@@ -1,8 +1,8 @@
 """Run a model over calibration tokens, with every site observed where its features are consumed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,19 +26,23 @@ TOKENS_PER_BATCH = 4096
 class Calibrated:
     """statistics: site id → its Gram matrices.   importance: (L,) block influence of each decoder layer.
 
-    tokens: how many were run.
+    tokens: how many were run.   own: of what the model wrote itself among them, where that is kept apart too.
     """
 
     statistics: Mapping[str, Statistics]
     importance: Tensor
     tokens: int
+    own: Mapping[str, Statistics] = field(default_factory=dict)
 
-    def __add__(self, other: "Calibrated") -> "Calibrated":
-        """What was found on both texts, a token counting as much in one as in the other."""
+    def with_own(self, other: "Calibrated", apart: Iterable[str]) -> "Calibrated":
+        """What was found on both texts, a token counting as much in one as in the other.
+
+        other: of what the model wrote itself.   apart: sites at which that is kept apart too.
+        """
         tokens = self.tokens + other.tokens
         importance = (self.tokens * self.importance + other.tokens * other.importance) / tokens
         statistics = {site: added(one, other.statistics[site]) for site, one in self.statistics.items()}
-        return Calibrated(statistics, importance, tokens)
+        return Calibrated(statistics, importance, tokens, {site: other.statistics[site] for site in apart})
 
 
 class _Finished(Exception):

@@ -29,6 +29,7 @@ from modegpt_graph.models.cache import cache_directory
 
 FORMAT = "modegpt-graph calibration"
 LARGEST = 4_000_000_000  # bytes of all files together
+OWN = "own "  # before a site, for what it saw of what the model wrote itself
 LEAST_SECONDS = 5.0  # what took less is not worth a file
 KINDS = {
     kind.__name__: kind
@@ -63,10 +64,11 @@ class Store:
         metadata, tensors = read
         try:
             kinds: dict[str, str] = json.loads(metadata["kinds"])
-            if set(kinds) != set(sites):
+            if {name for name in kinds if not name.startswith(OWN)} != set(sites):
                 return None
-            statistics = {site: _statistics(kind, site, tensors) for site, kind in kinds.items()}
-            calibrated = Calibrated(statistics, tensors["importance"], int(metadata["tokens"]))
+            found = {name: _statistics(kind, name, tensors) for name, kind in kinds.items()}
+            own = {name.removeprefix(OWN): found.pop(name) for name in kinds if name.startswith(OWN)}
+            calibrated = Calibrated(found, tensors["importance"], int(metadata["tokens"]), own)
             return Found(calibrated, float(metadata["seconds"]))
         except (KeyError, TypeError, ValueError, RuntimeError):
             return None
@@ -76,7 +78,8 @@ class Store:
         if seconds < LEAST_SECONDS:
             return
         tensors, kinds = {"importance": calibrated.importance}, {}
-        for site, statistics in calibrated.statistics.items():
+        own = {f"{OWN}{site}": statistics for site, statistics in calibrated.own.items()}
+        for site, statistics in {**calibrated.statistics, **own}.items():
             kinds[site] = type(statistics).__name__
             for field in dataclasses.fields(statistics):
                 value = getattr(statistics, field.name)

@@ -6,6 +6,7 @@ from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.methods.common import Pass, Setting, Smaller, Unavailable
 from modegpt_graph.rewrite.costs import count_costs
 from modegpt_graph.rewrite.decomposed import decompose
+from modegpt_graph.rewrite.looseness import sites_tried
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 
 METHOD_PRESETS: Mapping[str, str] = {"ours": "default", "paper": "paper"}
@@ -32,7 +33,8 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
     text = setting.text.with_own(setting.dense, preset.own_share, setting.seed, setting.progress)
     observed = setting.observed
     if text.own is not None:
-        observed += calibrate(setting.dense, setting.modules, setting.layers, text.own, setting.progress)
+        own = calibrate(setting.dense, setting.modules, setting.layers, text.own, setting.progress)
+        observed = observed.with_own(own, sites_tried(setting.modules))
     decomposed = decompose(
         setting.dense,
         setting.surveyed,

@@ -45,7 +45,8 @@ class Bounds(ABC):
 class Bounded(Protocol):
     """A solver: errors at every rank, and what they can be at most, None where no proposition fits the site."""
 
-    errors: Tensor
+    @property
+    def errors(self) -> Tensor: ...
 
     def bounds(self) -> Bounds | None: ...
 

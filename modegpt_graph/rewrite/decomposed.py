@@ -1,9 +1,10 @@
 """A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ from modegpt_graph.calibrate.blocks import Block, block_influence, blocks_of
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import Calibrated
 from modegpt_graph.calibrate.outliers import outlier_shares
-from modegpt_graph.calibrate.statistics import ConsumerStatistics
+from modegpt_graph.calibrate.statistics import Statistics
 from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.match.prepare import Surveyed
 from modegpt_graph.progress import NullProgress, Progress
@@ -21,6 +22,8 @@ from modegpt_graph.rewrite.budget import site_items
 from modegpt_graph.rewrite.costs import BUDGETS, Costs
 from modegpt_graph.rewrite.expected import expected_divergences
 from modegpt_graph.rewrite.influence import influences
+from modegpt_graph.rewrite.kinds import Kind, kinds_of
+from modegpt_graph.rewrite.looseness import SHRINKAGE, Looseness, try_looseness
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 from modegpt_graph.rewrite.problem import Solver
 from modegpt_graph.rewrite.ranks import (
@@ -36,11 +39,8 @@ from modegpt_graph.rewrite.recalibrated import recalibrated
 from modegpt_graph.rewrite.selection import Trial, try_selections
 from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution, rank_of
-from modegpt_graph.rewrite.solve import Recipe
 
-SHRINKAGE = 0.5  # of where recalibration starts; the best of 0.03 to 0.7 for other text
-MOST_LOST = 1.5  # times the error of the refit to the text: a model in which features do go together loses far more
-RIDGE = Recipe().ridge
+SURGEON = {"selection": "surgeon"}
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ class Decomposed:
 
     modules: the sites in their modules.   layers: paths of the decoder layers.   solvers: site → its solver.
     items: parameters that a rank of each site has.   texts: (windows, window) each, the calibration text first.
-    costs: what all of the model and each rank costs, in every budget.   how: the algorithms that errors are of.
-    trials: how features came to be chosen.   remade: a site's solver by the algorithm that was chosen for it, with this
-    shrinkage.   memory: what earlier runs found.
+    costs: what all of the model and each rank costs, in every budget.   preset: the algorithms.
+    by_surgeon: sites whose features the surgeon chooses.   trials: how that came.   memory: what earlier runs found.
     """
 
     dense: nn.Module
@@ -63,9 +62,9 @@ class Decomposed:
     items: tuple[Item, ...]
     texts: Sequence[Tensor]
     costs: Costs
-    how: str = ""
+    preset: Preset
+    by_surgeon: frozenset[str] = frozenset()
     trials: tuple[Trial, ...] = ()
-    remade: Callable[[str, float], Solver] = field(kw_only=True, repr=False)
     memory: Memory = field(default_factory=Memory, repr=False)
     progress: Progress = field(default_factory=NullProgress, repr=False)
 
@@ -81,7 +80,8 @@ class Decomposed:
                 self.dense, self.modules, self.layers, self.items, self.solvers, self.tokens, self.progress
             )
 
-        found = self.memory.divergences([item.id for item in self.items], self.how, measure)
+        how = f"{self.preset.how}, by the surgeon: {sorted(self.by_surgeon)}"
+        found = self.memory.divergences([item.id for item in self.items], how, measure)
         return {site: {rank: found[site]} for site, rank in half_ranks(self.items).items()}
 
     def _diverging(self, ranks: Mapping[str, int]) -> dict[str, float]:
@@ -150,20 +150,33 @@ class Decomposed:
     def loosened(self, solutions: Mapping[str, Solution]) -> tuple[dict[str, Solution], dict[str, Solution]]:
         """Solutions to recalibrate, and those that its fits start from: as if features went less together.
 
-        How features go together differs from text to text more than how large they are, and recalibration sees to what
-        that costs on the calibration text. Where it would cost too much for that, a site stays as it is.
+        Only for kinds of sites where `looseness` helps: recalibration sees to what it costs on the calibration text.
         """
         found, starts = dict(solutions), {}
-        for placed in (placed for one in self.modules for placed in one.placed):
-            site, own = placed.site.id, solutions.get(placed.site.id)
-            if own is None or not isinstance(self.observed.statistics[site], ConsumerStatistics):
+        for kind, alike in kinds_of(self.modules, lambda placed: placed.site.id in solutions).items():
+            if kind not in self.looseness or not self.looseness[kind].helps:
                 continue
-            solver = self.remade(site, SHRINKAGE)
-            if isinstance(solver, ShrunkSolver):
-                start = solver.solution(rank_of(own.kept, placed.footprint.layout))
-                if (start.relative_error or 0.0) <= MOST_LOST * (own.relative_error or 0.0):
-                    found[site], starts[site] = solver.refitted(start, RIDGE), start
+            for placed in alike:
+                site = placed.site.id
+                solver = self._looser(placed, self.observed.statistics[site], SHRINKAGE)
+                if isinstance(solver, ShrunkSolver):
+                    starts[site] = solver.solution(rank_of(solutions[site].kept, placed.footprint.layout))
+                    found[site] = solver.refitted(starts[site], self.preset.recipe.ridge)
         return found, starts
+
+    @cached_property
+    def looseness(self) -> Mapping[Kind, Looseness]:
+        """What looser fits do to other text: measured when first asked for."""
+        return try_looseness(self.dense, self.modules, self.items, self.observed, self._looser)
+
+    def _looser(self, placed: Placed, statistics: Statistics, shrinkage: float) -> Solver:
+        recipe = SURGEON if placed.site.id in self.by_surgeon else {}
+        return _solver(self.dense, self.modules, self.preset, placed, statistics, shrinkage=shrinkage, **recipe)
+
+    def said(self, *, recalibrated: bool) -> tuple[str, ...]:
+        """How it was chosen what to do, a sentence each."""
+        looseness = self.looseness.values() if recalibrated else ()
+        return tuple(one.said for one in (*self.trials, *looseness))
 
     def model(self, solutions: Mapping[str, Solution]) -> tuple[nn.Module, tuple[RewrittenModule, ...]]:
         """A copy of the dense model with these solutions in place, and the modules that were rewritten."""
@@ -220,28 +233,22 @@ def decompose(
 ) -> Decomposed:
     """Every site's solver, by the preset's algorithms, from what was observed on the calibration tokens."""
     progress, memory = progress or NullProgress(), memory or Memory()
-    paths = {placed.site.id: one.path for one in modules for placed in one.placed}
-    sites = {placed.site.id: placed for one in modules for placed in one.placed}
-    surgeon = replace(preset.recipe, selection="surgeon")
+    sites = [placed for one in modules for placed in one.placed]
 
-    def made(one: Placed, recipe: Recipe) -> Solver:
-        module = dense.get_submodule(paths[one.site.id])
-        return preset.solver(one, module, observed.statistics[one.site.id], recipe)
-
-    def remade(site: str, shrinkage: float) -> Solver:
-        recipe = surgeon if site in changed else preset.recipe
-        return made(sites[site], replace(recipe, shrinkage=shrinkage))
+    def made(placed: Placed, **recipe: Any) -> Solver:
+        return _solver(dense, modules, preset, placed, observed.statistics[placed.site.id], **recipe)
 
     solvers = {}
     with progress.stage("decompose", len(sites)) as stage:
-        for site, placed in sites.items():
-            solvers[site] = made(placed, preset.recipe)
+        for placed in sites:
+            solvers[placed.site.id] = made(placed)
             stage.advance()
-    items, how, trials = site_items(modules), f"{preset.recipe} {preset.solver.__name__}", ()
+    items, trials = site_items(modules), ()
     changed: dict[str, Solver] = {}
     if preset.tries_selections:
+        surgeon = partial(made, **SURGEON)
         changed, trials = try_selections(
-            dense, modules, layers, items, solvers, lambda one: made(one, surgeon), texts[0], how, memory, progress
+            dense, modules, layers, items, solvers, surgeon, texts[0], preset.how, memory, progress
         )
     return Decomposed(
         dense,
@@ -253,9 +260,22 @@ def decompose(
         items,
         texts,
         costs,
-        how=f"{how}, by the surgeon: {sorted(changed)}",
-        trials=trials,
-        remade=remade,
-        memory=memory,
-        progress=progress,
+        preset,
+        frozenset(changed),
+        trials,
+        memory,
+        progress,
     )
+
+
+def _solver(
+    dense: nn.Module,
+    modules: Sequence[SiteModule],
+    preset: Preset,
+    placed: Placed,
+    statistics: Statistics,
+    **recipe: Any,
+) -> Solver:
+    """A site's solver by the preset's recipe, with these changes of it."""
+    (path,) = (one.path for one in modules if any(own is placed for own in one.placed))
+    return preset.solver(placed, dense.get_submodule(path), statistics, replace(preset.recipe, **recipe))

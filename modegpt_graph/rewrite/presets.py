@@ -32,6 +32,11 @@ class Preset:
     recalibrates: bool = False
     own_share: float = 0.0
 
+    @property
+    def how(self) -> str:
+        """The algorithms in words that tell them apart."""
+        return f"{self.recipe} {self.solver.__name__}"
+
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, own_share=0.15),

@@ -16,12 +16,12 @@ from modegpt_graph.trace.linear import Linear
 
 
 class Solver(Protocol):
-    """Everything that is known of one site before its rank is: one solver serves every ratio.
+    """Everything that is known of one site before its rank is: one solver serves every ratio."""
 
-    errors: (d + 1,) relative squared error of the pair's output with 0..d features kept.
-    """
-
-    errors: Tensor
+    @property
+    def errors(self) -> Tensor:
+        """(d + 1,) relative squared error of the pair's output with 0..d features kept."""
+        ...
 
     def solution(self, rank: int) -> Solution:
         """The site's matrices at `rank` features a group."""

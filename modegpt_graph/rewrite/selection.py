@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from modegpt_graph.allocate.budget import Item
@@ -13,11 +12,11 @@ from modegpt_graph.match.modules import Placed, SiteModule
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.expected import NOISE
 from modegpt_graph.rewrite.influence import influences
+from modegpt_graph.rewrite.kinds import kinds_of, tried
 from modegpt_graph.rewrite.problem import Solver
 from modegpt_graph.rewrite.ranks import probe_tokens
 from modegpt_graph.rewrite.solve import ConsumerColumns
 
-TRIAL_SITES = 4  # of each kind, evenly over the depth
 CLEARLY = 0.8  # times the divergence: what does less for one site alone by a little may do more in company
 TRIAL_ERROR = 0.02  # relative error at which the two are compared, or half of the features, whichever is less
 
@@ -66,14 +65,10 @@ def try_selections(
     solvers: by leverage.   surgeon: from a site to its solver.   tokens: (windows, window) of the calibration text.
     how, memory: the algorithms, and what earlier runs measured of them.
     """
-    kinds: dict[tuple[str, int], list[Placed]] = {}
-    for placed in (placed for one in modules for placed in one.placed):
-        if isinstance(solvers[placed.site.id], ConsumerColumns):
-            kinds.setdefault((placed.site.pattern, placed.footprint.layout.size), []).append(placed)
+    kinds = kinds_of(modules, lambda placed: isinstance(solvers[placed.site.id], ConsumerColumns))
     if not kinds:
         return {}, ()
-    tried = {kind: [alike[place] for place in _spread(len(alike))] for kind, alike in kinds.items()}
-    sites = {placed.site.id: placed for some in tried.values() for placed in some}
+    sites = {placed.site.id: placed for alike in kinds.values() for placed in tried(alike)}
     ranks = {item.id: _trial_rank(item, solvers[item.id].errors) for item in items if item.id in sites}
     by_surgeon: dict[str, Solver] = {}
 
@@ -90,16 +85,11 @@ def try_selections(
     found = memory.divergences(names, f"{how}, tried", diverging, "What choices of features do to the logits")
     trials, changed = [], {}
     for kind, alike in kinds.items():
-        logs = [_log(found[f"surgeon {p.site.id}"]) - _log(found[f"leverage {p.site.id}"]) for p in tried[kind]]
+        logs = [_log(found[f"surgeon {p.site.id}"]) - _log(found[f"leverage {p.site.id}"]) for p in tried(alike)]
         trials.append(Trial(kind[0], len(alike), len(logs), math.exp(sum(logs) / len(logs))))
         if trials[-1].surgeon:
             changed |= {one.site.id: by_surgeon.get(one.site.id) or surgeon(one) for one in alike}
     return changed, tuple(trials)
-
-
-def _spread(count: int) -> list[int]:
-    """Places of the sites that are tried, of `count` of a kind."""
-    return torch.linspace(0, count - 1, min(TRIAL_SITES, count)).round().long().tolist()
 
 
 def _log(divergence: float) -> float:

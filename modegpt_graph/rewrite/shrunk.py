@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from torch import Tensor
+
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.rewrite.bounds import Bounds, ScaledBounds
 from modegpt_graph.rewrite.problem import Problem, Solver, consumer_error, refitted
@@ -9,16 +11,17 @@ from modegpt_graph.rewrite.solution import Solution
 
 
 class ShrunkSolver:
-    """Solves a problem whose Gram matrix was shrunk; a solution's error, and its bound, are of the one that was seen.
-
-    errors: (d + 1,) as supposed.
-    """
+    """Solves a problem whose Gram matrix was shrunk; errors and bounds of solutions are of the one that was seen."""
 
     def __init__(self, seen: Problem, supposed: Problem, left: float, layout: Layout, solver: Solver) -> None:
         """solver: of what is supposed.   left: what is supposed is so many times what was seen, or more."""
         self.seen, self._supposed, self._left = seen, supposed, left
         self._layout, self._solver = layout, solver
-        self.errors = solver.errors
+
+    @property
+    def errors(self) -> Tensor:
+        """(d + 1,) as supposed."""
+        return self._solver.errors
 
     def bounds(self) -> Bounds | None:
         """Those of what was supposed, as far as they tell of what was seen."""

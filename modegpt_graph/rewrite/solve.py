@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from modegpt_graph.calibrate.norms import NormStatistics
 from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics, Statistics
 from modegpt_graph.decompose.cr import Score, cr, cr_curve
-from modegpt_graph.decompose.elimination import eliminate, eliminate_in_order
+from modegpt_graph.decompose.elimination import Elimination, eliminate, eliminate_in_order
 from modegpt_graph.decompose.logits import Scale
 from modegpt_graph.decompose.nystrom import Selection, consumer, refit_rows, selection_order
 from modegpt_graph.decompose.refit import refit
@@ -133,29 +134,42 @@ class ConsumerColumns:
     """Type I: features of one group are chosen, and the consumer fitted again to those that stay."""
 
     def __init__(self, placed: Placed, problem: Problem, recipe: Recipe) -> None:
-        self._role, self._ridge = problem.role, recipe.ridge
-        self._problem = centred = consumer(problem.gram, problem.weight, problem.bias)
+        self._seen, self._recipe = problem, recipe
+        self._problem = consumer(problem.gram, problem.weight, problem.bias)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """(N,) features, the first one to go first."""
+        seen, recipe = self._seen, self._recipe
         if recipe.selection == "surgeon":
-            self._elimination = eliminate(centred.gram, centred.weight, ridge=recipe.ridge, total=centred.total)
-        else:
-            order = selection_order(
-                problem.gram, problem.weight, recipe.selection, ridge=recipe.ridge, leverage_ridge=recipe.leverage_ridge
-            )
-            self._elimination = eliminate_in_order(
-                centred.gram, centred.weight, order, ridge=recipe.ridge, total=centred.total
-            )
-        self.errors = self._elimination.errors
+            return self._elimination.order
+        leverage_ridge = recipe.leverage_ridge
+        return selection_order(
+            seen.gram, seen.weight, recipe.selection, ridge=recipe.ridge, leverage_ridge=leverage_ridge
+        )
+
+    @cached_property
+    def _elimination(self) -> Elimination:
+        problem, ridge = self._problem, self._recipe.ridge
+        if self._recipe.selection == "surgeon":
+            return eliminate(problem.gram, problem.weight, ridge=ridge, total=problem.total)
+        return eliminate_in_order(problem.gram, problem.weight, self._order, ridge=ridge, total=problem.total)
+
+    @property
+    def errors(self) -> Tensor:
+        """Found when first asked for: solutions do without."""
+        return self._elimination.errors
 
     def bounds(self) -> Bounds:
         """Proposition 1."""
         return ColumnsBounds(self._problem, self._elimination)
 
     def solution(self, rank: int) -> Solution:
-        """The `rank` features that are eliminated last."""
-        kept = self._elimination.kept(rank)
-        found = refit_rows(self._problem, kept, self._ridge)
+        """The `rank` features that go last."""
+        kept = self._order[len(self._order) - rank :].sort().values
+        found = refit_rows(self._problem, kept, self._recipe.ridge)
         weight = found.down.view(1, 1, rank, -1)
-        return Solution((kept[None],), {}, {self._role: (weight, found.bias)}, found.relative_error)
+        return Solution((kept[None],), {}, {self._seen.role: (weight, found.bias)}, found.relative_error)
 
 
 class ConsumerHeadColumns:

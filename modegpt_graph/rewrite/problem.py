@@ -1,6 +1,6 @@
 """What solvers solve: a consumer by its matrix and what it reads, summed over calibration tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -66,18 +66,14 @@ def consumer_problem(
 def consumer_error(problem: Problem, layout: Layout, solution: Solution) -> float:
     """‖X W + b − X E − b̂‖² / ‖X W + b‖² for what a solution makes of a consumer: E spreads it over all features."""
     rows, bias = solution.refits[problem.role]
-    spread = spread_rows(layout.size, taken(layout, solution.kept), solution, rows)  # (N, D)
-    whole, difference = problem.weight, problem.weight - spread
+    difference = problem.weight - spread_rows(layout.size, taken(layout, solution.kept), solution, rows)  # (N, D)
     if problem.bias is not None and bias is not None:
-        whole, difference = (
-            torch.cat([w, b[None]]) for w, b in ((whole, problem.bias), (difference, problem.bias - bias))
-        )
-    gram = problem.gram[: len(whole), : len(whole)]
-    return ratio_of(float(energy(gram, difference)), float(energy(gram, whole)))
+        difference = torch.cat([difference, (problem.bias - bias)[None]])
+    return ratio_of(float(energy(problem.gram[: len(difference), : len(difference)], difference)), problem.size)
 
 
-def refitted(problem: Problem, layout: Layout, solution: Solution, ridge: float) -> tuple[Tensor, Tensor | None]:
-    """The (G, g, k, D) rows and the (D,) bias of a consumer for the features of a solution, fitted to this problem.
+def refitted(problem: Problem, layout: Layout, solution: Solution, ridge: float) -> Solution:
+    """The same features, with the consumer fitted to this problem.
 
     ridge: relative to the mean diagonal; it pulls towards what the solution has in a basis, else to the original rows.
     """
@@ -90,4 +86,5 @@ def refitted(problem: Problem, layout: Layout, solution: Solution, ridge: float)
         heads_first = torch.arange(groups * heads).view(groups, heads, 1) * layout.size
         basis, prior = (heads_first + taken(layout, solution.kept)[:, None]).flatten(), None
     found = refit(problem.gram, basis, problem.weight, ridge=ridge, bias=problem.bias, prior=prior)
-    return found.weight.view(groups, heads, count, -1), found.bias
+    refits = {problem.role: (found.weight.view(groups, heads, count, -1), found.bias)}
+    return replace(solution, refits=refits, relative_error=found.relative_error)

@@ -31,12 +31,9 @@ class ShrunkSolver:
 
     def solution(self, rank: int) -> Solution:
         """The site's matrices at `rank` features."""
-        return self._measured(self._solver.solution(rank))
+        found = self._solver.solution(rank)
+        return replace(found, relative_error=consumer_error(self.seen, self._layout, found))
 
     def refitted(self, solution: Solution, ridge: float) -> Solution:
         """The same features, with the consumer fitted to what was seen."""
-        refits = {self.seen.role: refitted(self.seen, self._layout, solution, ridge)}
-        return self._measured(replace(solution, refits=refits))
-
-    def _measured(self, solution: Solution) -> Solution:
-        return replace(solution, relative_error=consumer_error(self.seen, self._layout, solution))
+        return refitted(self.seen, self._layout, solution, ridge)

@@ -121,7 +121,10 @@ def test_statistics_of_two_texts_are_those_of_both(build):
     model, first, second = build(), tokens(3, 16, seed=1), tokens(5, 16, seed=2)
     surveyed = survey_model(resolve(model), read_patterns())
     modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
-    found = calibrate(model, modules, layers, first) + calibrate(model, modules, layers, second)
+    own = calibrate(model, modules, layers, second)
+    site = next(iter(own.statistics))
+    found = calibrate(model, modules, layers, first).with_own(own, [site])
+    assert found.own == {site: own.statistics[site]}
     whole = calibrate(model, modules, layers, torch.cat([first, second]))
     assert found.tokens == whole.tokens
     torch.testing.assert_close(found.importance, whole.importance)

@@ -137,14 +137,14 @@ class Prepared:
         decomposed, progress = self.decomposed, self.progress
         with clock("solve"), progress.stage("solve"):
             first = decomposed.solutions(ranks)
-            solutions, starts = decomposed.loosened(first) if self.recalibrates else (first, {})
+            solutions = decomposed.loosened(first) if self.recalibrates else first
         with clock("rewrite"), progress.stage("rewrite"):
             self.contents.restore()
             smaller, rewritten = decomposed.model(solutions)
         contents = Contents(smaller)
         if self.recalibrates:
             with clock("recalibrate"):
-                solutions = decomposed.recalibrated(smaller, solutions, starts)
+                solutions = decomposed.recalibrated(smaller, solutions)
         contents.restore()
         return Built(smaller, rewritten, first, solutions)
 

@@ -1,5 +1,6 @@
 """Float64 linear algebra on Gram matrices that either holds or says what is wrong: no pinv, no unguarded inverse."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +34,18 @@ class Factor:
 
 def check_finite(values: Tensor, name: str) -> None:
     """Raise NumericalError that counts the entries of `values` which are not finite."""
-    broken = int((~torch.isfinite(values)).sum())
-    if broken:
+    if values.numel() and not all(map(math.isfinite, _extremes(values))):
+        broken = int((~torch.isfinite(values)).sum())
         raise NumericalError(
             f"{name} has {broken:,} non-finite entries of {values.numel():,}; "
             "the model overflows in this dtype on this text; try --dtype float32"
         )
+
+
+def _extremes(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest, which are NaN where any is: one pass over the memory."""
+    low, high = values.aminmax()
+    return float(low), float(high)
 
 
 def check_gram(gram: Tensor, name: str = "gram") -> Tensor:
@@ -53,8 +60,8 @@ def check_gram(gram: Tensor, name: str = "gram") -> Tensor:
     check_finite(gram, name)
     if not gram.numel():
         return gram
-    largest = float(gram.abs().max())
-    asymmetry = float((gram - gram.mT).abs().max())
+    largest = max(map(abs, _extremes(gram)))
+    asymmetry = 0.0 if torch.equal(gram, gram.mT) else float((gram - gram.mT).abs().max())
     if asymmetry > 1e-6 * largest:
         raise NumericalError(
             f"{name} is not symmetric: entries differ by {asymmetry:.1e} where the largest is {largest:.1e}"

@@ -77,9 +77,10 @@ def refit(
     step = torch.cholesky_solve(wanted, lower)
     fitted = start + (step if root is None else torch.linalg.solve_triangular(root.mT, step, upper=True))
 
-    error = (energy(target, weight) - 2 * (fitted * spread.lift(cross @ weight)).sum() + energy(metric, fitted)).item()
-    if not has_drifted:
-        # The same figure without the cancellation of three large numbers.
+    if has_drifted:
+        gained = 2 * (fitted * spread.lift(cross @ weight)).sum() - energy(metric, fitted)
+        error = (energy(target, weight) - gained).item()
+    else:  # the same figure without the cancellation of three large numbers
         error = energy(gram, weight - spread.expand(fitted)).item()
     if bias is not None:
         bias = bias.double() + target_mean @ weight - mean @ spread.expand(fitted)

@@ -50,10 +50,10 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
     def at(ratio: float) -> Smaller:
         ranks = decomposed.ranks(ratio, preset.allocator)
         solutions = decomposed.solutions(ranks)
-        solutions, starts = decomposed.loosened(solutions) if preset.recalibrates else (solutions, {})
+        solutions = decomposed.loosened(solutions) if preset.recalibrates else solutions
         smaller, _ = decomposed.model(solutions)
         if preset.recalibrates:
-            decomposed.recalibrated(smaller, solutions, starts)
+            decomposed.recalibrated(smaller, solutions)
         return Smaller(smaller, decomposed.removed(ranks))
 
     return at

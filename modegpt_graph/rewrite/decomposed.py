@@ -35,7 +35,7 @@ from modegpt_graph.rewrite.ranks import (
     outlier_ranks,
     probe_tokens,
 )
-from modegpt_graph.rewrite.recalibrated import recalibrated
+from modegpt_graph.rewrite.recalibrated import reached, recalibrated
 from modegpt_graph.rewrite.selection import Trial, try_selections
 from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution, rank_of
@@ -147,22 +147,21 @@ class Decomposed:
         smaller = [item.id for item in self.items if ranks[item.id] < item.full_rank]
         return {site: self.solvers[site].solution(ranks[site]) for site in smaller}
 
-    def loosened(self, solutions: Mapping[str, Solution]) -> tuple[dict[str, Solution], dict[str, Solution]]:
-        """Solutions to recalibrate, and those that its fits start from: as if features went less together.
+    def loosened(self, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
+        """Solutions to recalibrate: where `looseness` helps, as if features went less together.
 
-        Only for kinds of sites where `looseness` helps: recalibration sees to what it costs on the calibration text.
+        What they cost on the calibration text is seen to by recalibration, so only sites that it reaches are changed.
         """
-        found, starts = dict(solutions), {}
-        for kind, alike in kinds_of(self.modules, lambda placed: placed.site.id in solutions).items():
-            if kind not in self.looseness or not self.looseness[kind].helps:
-                continue
-            for placed in alike:
-                site = placed.site.id
-                solver = self._looser(placed, self.observed.statistics[site], SHRINKAGE)
-                if isinstance(solver, ShrunkSolver):
-                    starts[site] = solver.solution(rank_of(solutions[site].kept, placed.footprint.layout))
-                    found[site] = solver.refitted(starts[site], self.preset.recipe.ridge)
-        return found, starts
+        found = dict(solutions)
+        sites = reached(self.dense, self.modules, self.layers, self.tokens) & solutions.keys()
+        for kind, alike in kinds_of(self.modules, lambda placed: placed.site.id in sites).items():
+            if kind in self.looseness and self.looseness[kind].helps:
+                for placed in alike:
+                    site = placed.site.id
+                    solver = self._looser(placed, self.observed.statistics[site], SHRINKAGE)
+                    if isinstance(solver, ShrunkSolver):
+                        found[site] = solver.start(rank_of(solutions[site].kept, placed.footprint.layout))
+        return found
 
     @cached_property
     def looseness(self) -> Mapping[Kind, Looseness]:
@@ -183,13 +182,8 @@ class Decomposed:
         smaller = copy.deepcopy(self.dense)
         return smaller, rewrite(smaller, self.modules, solutions)
 
-    def recalibrated(
-        self, smaller: nn.Module, solutions: Mapping[str, Solution], starts: Mapping[str, Solution]
-    ) -> dict[str, Solution]:
-        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read.
-
-        starts: as from `loosened`.
-        """
+    def recalibrated(self, smaller: nn.Module, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
+        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read."""
         return recalibrated(
             self.dense,
             smaller,
@@ -197,7 +191,6 @@ class Decomposed:
             self.layers,
             self.observed.statistics,
             solutions,
-            starts,
             self.texts,
             self.progress,
         )

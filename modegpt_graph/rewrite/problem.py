@@ -1,6 +1,6 @@
 """What solvers solve: a consumer by its matrix and what it reads, summed over calibration tokens."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.decompose.numerics import energy, ratio_of
-from modegpt_graph.decompose.refit import refit
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.rewrite.bounds import Bounds
 from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
@@ -58,8 +57,9 @@ def consumer_problem(
     matrix, bias = linear.values(module, copy)
     weight, bias = matrix.T.double(), None if bias is None else bias.double()  # (N, D), (D,)
     order = layout.members[role].flatten()
-    last = torch.tensor([weight.shape[0]]) if bias is not None else order[:0]
-    rows = torch.cat([order, last])
+    rows = torch.cat([order, torch.tensor([len(weight)])])[: len(order) + (bias is not None)]
+    if torch.equal(order, torch.arange(len(weight))):  # as it is of most sites, where copies would be dear
+        return Problem(role, gram[: len(rows), : len(rows)], weight, bias)
     return Problem(role, gram[rows][:, rows], weight[order], bias)
 
 
@@ -70,21 +70,3 @@ def consumer_error(problem: Problem, layout: Layout, solution: Solution) -> floa
     if problem.bias is not None and bias is not None:
         difference = torch.cat([difference, (problem.bias - bias)[None]])
     return ratio_of(float(energy(problem.gram[: len(difference), : len(difference)], difference)), problem.size)
-
-
-def refitted(problem: Problem, layout: Layout, solution: Solution, ridge: float) -> Solution:
-    """The same features, with the consumer fitted to this problem.
-
-    ridge: relative to the mean diagonal; it pulls towards what the solution has in a basis, else to the original rows.
-    """
-    rows, _ = solution.refits[problem.role]
-    groups, heads, count, _ = rows.shape
-    if solution.maps:
-        basis = next(iter(solution.maps.values())).expand(-1, heads, -1, -1).flatten(0, 1)  # (G·g, d, k)
-        prior = rows.flatten(0, 2)
-    else:
-        heads_first = torch.arange(groups * heads).view(groups, heads, 1) * layout.size
-        basis, prior = (heads_first + taken(layout, solution.kept)[:, None]).flatten(), None
-    found = refit(problem.gram, basis, problem.weight, ridge=ridge, bias=problem.bias, prior=prior)
-    refits = {problem.role: (found.weight.view(groups, heads, count, -1), found.bias)}
-    return replace(solution, refits=refits, relative_error=found.relative_error)

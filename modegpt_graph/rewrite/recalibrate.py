@@ -33,7 +33,6 @@ PASSES = (4, 16)  # at least and at most, where there are as many windows
 HELD_OUT = 4  # every fourth pass is left out of the fit that finds the length of the step
 PROBE_TOKENS = 64
 FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative too; they left least of other text's error
-Matrix = tuple[Tensor, Tensor | None]  # (D, K) weight and (D,) bias
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
 
 
@@ -56,7 +55,6 @@ def recalibrate(
     texts: Sequence[Tensor],
     progress: Progress | None = None,
     producers: Mapping[str, Producers] | None = None,
-    starts: Mapping[str, Matrix] | None = None,
 ) -> dict[str, float]:
     """Change the weights (and biases) of `smaller`'s consumers in place, and the weights of producers that scale.
 
@@ -64,9 +62,8 @@ def recalibrate(
     on the inputs that their modules have in the dense model.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
-    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   starts:
-    consumer → matrix that its fit begins with, where it is not the one in place.   producers: consumer → where its
-    features come from.
+    the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   producers:
+    consumer → where its features come from.
     A layer is left as it is where its output is not its input plus what its consumers put out, scaled or not (experts,
     say), for then what the stream has lost is not known there.
     """
@@ -93,7 +90,6 @@ def recalibrate(
                 (path,) = paths
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
-                _start(branch.linear, (starts or {}).get(path))
                 targets = [(_target(*pair, entry), pair[1].state["features"]) for pair in passes]
                 _fit(branch, targets)
                 calls = [call for one, _ in passes if (call := taken(one, path)) is not None]
@@ -106,14 +102,6 @@ def recalibrate(
                 for one in pair:
                     one.abandon()
     return errors
-
-
-def _start(linear: nn.Linear, matrix: Matrix | None) -> None:
-    if matrix is not None:
-        weight, bias = matrix
-        linear.weight.data = weight.to(linear.weight)
-        if linear.bias is not None and bias is not None:
-            linear.bias.data = bias.to(linear.bias)
 
 
 def _batches(tokens: Tensor) -> Sequence[Tensor]:
@@ -157,18 +145,30 @@ class _Branch:
         self._gains, self._is_normed = entry.gains, entry.is_normed
         self._follower = None if entry.follower is None else model.get_submodule(entry.follower)
 
-    def left(self, target: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def matrix(self) -> Tensor:
+        """(K + 1, D) the weights, and the bias below them."""
+        weight, bias = self.linear.weight.double(), self.linear.bias
+        return torch.cat([weight.T, weight.new_zeros(1, len(weight)) if bias is None else bias.double()[None]])
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no module follows."""
+        return self._gains is None
+
+    def left(self, target: Tensor, features: Tensor) -> tuple[Tensor | None, Tensor]:
         """(T, 1) weights of rows, and (T, D) what the weighed features' product with a change of the matrix should be.
 
         Where a module follows, rows are weighed by what it scales them with, and columns divided by its gains: to first
-        order that is the change of what enters the stream. A norm takes no notice of changes along its row.
+        order that is the change of what enters the stream. A norm takes no notice of changes along its row. Where none
+        does, all rows weigh the same, and the weights are None.
         """
         output = self.linear(features)
         branch = output if self._follower is None else self._follower(output)
         output, branch, target = (exact(one).flatten(0, -2) for one in (output, branch, target))
         missing = target - branch
         if self._gains is None:
-            return missing.new_ones(len(missing), 1), missing
+            return None, missing
         gains = self._gains.to(missing.dtype)
         used = gains.abs() > SMALLEST_GAIN * gains.abs().max()
         left = torch.where(used, missing / gains, 0.0)
@@ -182,10 +182,9 @@ def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]]) -> None:
     """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it."""
     linear = branch.linear
     bias = linear.bias is not None
-    sums = [_Sums(linear), _Sums(linear)]
+    sums = [_Sums(branch), _Sums(branch)]
     for number, (target, features) in enumerate(passes):
-        weights, missing = branch.left(target, features.values)
-        sums[_is_held_out(number)].add(exact(features.values).flatten(0, -2) * weights, missing)
+        sums[_is_held_out(number)].add(target, features.values)
     (gram, pull), (other_gram, other_pull) = (one.result() for one in sums)
     tried = correction(gram, pull, ridge=RIDGE, bias=bias)
     length = step_length(other_gram, other_pull, *tried)
@@ -206,7 +205,8 @@ def _fit_producer(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], s
         assert features.scaled is not None
         weights, missing = branch.left(target, features.values)
         slopes, inputs = (exact(one).flatten(0, -2) for one in features.scaled)
-        rows[_is_held_out(number)].append(ScaledRows(inputs, slopes * weights, missing))
+        slopes = slopes if weights is None else slopes * weights
+        rows[_is_held_out(number)].append(ScaledRows(inputs, slopes, missing))
     consumer = exact(branch.linear.weight)
     change = scaled_direction(rows[0], consumer, feature_ridge=FEATURE_RIDGE, input_ridge=INPUT_RIDGE)
     length = scaled_step_length(rows[1], consumer, change)
@@ -227,20 +227,28 @@ def _is_held_out(number: int) -> bool:
 
 
 class _Sums:
-    """[F, 1]ᵀ[F, 1] and [F, 1]ᵀ R over the rows that are added."""
+    """[F, 1]ᵀ[F, 1] and [F, 1]ᵀ R over the rows that are added, R being what a branch leaves."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self._gram = Gram(linear.in_features)
-        self._pull = torch.zeros(linear.in_features + 1, linear.out_features, dtype=torch.float64)
+    def __init__(self, branch: _Branch) -> None:
+        self._branch = branch
+        self._gram = Gram(branch.linear.in_features)
+        self._pull = torch.zeros(branch.linear.in_features + 1, branch.linear.out_features, dtype=torch.float64)
 
-    def add(self, features: Tensor, left: Tensor) -> None:
-        """features: (T, K).   left: (T, D), R."""
+    def add(self, target: Tensor, values: Tensor) -> None:
+        """target: (…, D).   values: (…, K), F."""
+        features = exact(values).flatten(0, -2)
+        weights, wanted = (
+            (None, exact(target).flatten(0, -2)) if self._branch.is_last else self._branch.left(target, values)
+        )
+        features = features if weights is None else features * weights
         self._gram.add(features)
-        self._pull[:-1] += (features.T @ left).double()
-        self._pull[-1] += left.sum(0, dtype=torch.float64)
+        self._pull[:-1] += (features.T @ wanted).double()
+        self._pull[-1] += wanted.sum(0, dtype=torch.float64)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self._gram.augmented(), self._pull
+        """Where nothing follows, what the branch puts out is in the Gram matrix."""
+        gram = self._gram.augmented()
+        return gram, self._pull - gram @ self._branch.matrix if self._branch.is_last else self._pull
 
 
 @contextmanager

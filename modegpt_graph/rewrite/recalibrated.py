@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
 from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
 from modegpt_graph.progress import Progress
-from modegpt_graph.rewrite.apply import columns_in, refit_in, rows_in
+from modegpt_graph.rewrite.apply import refit_in, rows_in
 from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.problem import consumer_error, consumer_problem
-from modegpt_graph.rewrite.recalibrate import Matrix, Producers, recalibrate
+from modegpt_graph.rewrite.recalibrate import PROBE_TOKENS, Producers, recalibrate
 from modegpt_graph.rewrite.solution import Solution
+from modegpt_graph.rewrite.stream import stream_entries
 from modegpt_graph.trace.linear import Linear
 
 
@@ -24,29 +25,18 @@ def recalibrated(
     layers: Sequence[str],
     statistics: Mapping[str, Statistics],
     solutions: Mapping[str, Solution],
-    starts: Mapping[str, Solution],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
 ) -> dict[str, Solution]:
     """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes.
 
     A consumer of several sites, which reads what they make side by side, is left as it is.
-    smaller: the dense model rewritten by `solutions`.   starts: site → a solution with the same features, which the fit
-    of its consumer begins with.   Errors are those of the new matrices, on the inputs that the
+    smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
     sites have in the dense model, as all errors are.
     """
     places = _places(smaller, modules)
-    readers = Counter(
-        (one.path, product.weight)
-        for one in modules
-        for placed in one.placed
-        for product in placed.footprint.outline.consumers.values()
-    )
-    may_change = {
-        path: placed.site.id in solutions
-        and all(readers[one.path, product.weight] == 1 for product in placed.footprint.outline.consumers.values())
-        for path, (one, placed) in places.items()
-    }
+    alone = _with_consumers_of_their_own(modules)
+    may_change = {path: placed.site.id in alone & solutions.keys() for path, (_, placed) in places.items()}
     producers = {
         path: _producers(smaller, *places[path])
         for path, may in may_change.items()
@@ -55,12 +45,7 @@ def recalibrated(
     watched = {*places, *(path for own in producers.values() for path in own)}
     before = {path: linear_at(smaller, path).weight.data for path in watched}
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
-    first = {
-        path: _start(linear_at(smaller, path), placed, starts[placed.site.id])
-        for path, (_, placed) in places.items()
-        if may_change[path] and placed.site.id in starts
-    }
-    errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources, first)
+    errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
     changed = {path for path, data in before.items() if linear_at(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
@@ -69,28 +54,37 @@ def recalibrated(
             if producer in changed:
                 rows = rows_in(linear_at(smaller, producer), members, layout, found[site])
                 found[site] = replace(found[site], rows={**found[site].rows, **rows})
-        if path in errors:
-            found[site] = replace(found[site], relative_error=errors[path])
         own = statistics[site]
-        if path not in changed or not isinstance(own, ConsumerStatistics):
+        if site not in found or not isinstance(own, ConsumerStatistics):
             continue
         ((role, product),) = placed.footprint.outline.consumers.items()
-        members = layout.members[role]
-        refit = refit_in(linear_at(smaller, path), members, layout, found[site])
-        found[site] = replace(found[site], refits={role: refit})
-        if path not in errors:
+        if path in changed:
+            refit = refit_in(linear_at(smaller, path), layout.members[role], layout, found[site])
+            found[site] = replace(found[site], refits={role: refit})
+        if path in errors:
+            found[site] = replace(found[site], relative_error=errors[path])
+        elif path in changed or found[site].relative_error is None:
             problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
             found[site] = replace(found[site], relative_error=consumer_error(problem, layout, found[site]))
     return found
 
 
-def _start(linear: nn.Linear, placed: Placed, solution: Solution) -> Matrix:
-    """The matrix that a consumer has by another solution with the same features."""
-    ((role, (rows, bias)),) = solution.refits.items()
-    layout = placed.footprint.layout
-    weight = linear.weight.detach().double().T.clone()
-    weight[columns_in(linear, layout.members[role], layout, solution)] = rows
-    return weight.T.to(linear.weight.dtype), bias
+def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> set[str]:
+    """Ids of the sites whose consumers recalibration fits once they are made smaller.   tokens: (windows, window)."""
+    places = _places(dense, modules)
+    entries = stream_entries(dense, layers, places, tokens[:1, :PROBE_TOKENS])
+    return {places[path][1].site.id for path in entries} & _with_consumers_of_their_own(modules)
+
+
+def _with_consumers_of_their_own(modules: Sequence[SiteModule]) -> set[str]:
+    """Ids of the sites whose consumers read nothing of other sites."""
+    consumers = {
+        placed.site.id: [(one.path, product.weight) for product in placed.footprint.outline.consumers.values()]
+        for one in modules
+        for placed in one.placed
+    }
+    readers = Counter(one for own in consumers.values() for one in own)
+    return {site for site, own in consumers.items() if all(readers[one] == 1 for one in own)}
 
 
 def _is_alone(one: SiteModule, modules: Sequence[SiteModule]) -> bool:

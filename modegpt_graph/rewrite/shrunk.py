@@ -6,7 +6,7 @@ from torch import Tensor
 
 from modegpt_graph.flow.layout import Layout
 from modegpt_graph.rewrite.bounds import Bounds, ScaledBounds
-from modegpt_graph.rewrite.problem import Problem, Solver, consumer_error, refitted
+from modegpt_graph.rewrite.problem import Problem, Solver, consumer_error
 from modegpt_graph.rewrite.solution import Solution
 
 
@@ -34,6 +34,6 @@ class ShrunkSolver:
         found = self._solver.solution(rank)
         return replace(found, relative_error=consumer_error(self.seen, self._layout, found))
 
-    def refitted(self, solution: Solution, ridge: float) -> Solution:
-        """The same features, with the consumer fitted to what was seen."""
-        return refitted(self.seen, self._layout, solution, ridge)
+    def start(self, rank: int) -> Solution:
+        """The same, for further fits to begin with: its error is not measured."""
+        return replace(self._solver.solution(rank), relative_error=None)

@@ -163,17 +163,6 @@ def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones(name: str) -> None:
     assert changed == {f"{path}.weight" for path, may in others.items() if may}
 
 
-def test_a_fit_begins_with_the_matrix_that_is_given() -> None:
-    dense = family("llama")
-    smaller = copy.deepcopy(dense)
-    broken = "model.layers.0.mlp.down_proj"
-    nn.init.zeros_(smaller.get_submodule(broken).weight)
-    consumers = {path: path == broken for path in paths(dense, "o_proj", "down_proj")}
-    starts = {broken: (dense.get_submodule(broken).weight.clone(), None)}
-    recalibrate(dense, smaller, layers(dense), consumers, [tokens()], starts=starts)
-    torch.testing.assert_close(smaller.state_dict(), dense.state_dict(), rtol=0, atol=1e-6)
-
-
 def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
     dense = family("llama")
     smaller = copy.deepcopy(dense)

@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
-from modegpt_graph.decompose.numerics import check_finite, check_gram, factorise, mean_diagonal
+from modegpt_graph.decompose.numerics import check_finite, check_gram, factorise
+
+SMALLEST_SPREAD = 1e-9  # of a feature's size: a spread around its mean below that is rounding
 
 
 def correction(gram: Tensor, pull: Tensor, *, ridge: float, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The Δ (K, D) and δ (D,) that minimise ‖R − F Δ − δ‖² + λ‖Δ‖²; δ is None without a bias.
+    """The Δ (K, D) and δ (D,) that minimise ‖R − F Δ − δ‖² + λ Σ_k ‖F_k‖² ‖Δ_k‖²; δ is None without a bias.
 
-    gram: (K + 1, K + 1) = [F, 1]ᵀ[F, 1].   pull: (K + 1, D) = [F, 1]ᵀ R.   ridge: λ relative to the mean diagonal.
+    gram: (K + 1, K + 1) = [F, 1]ᵀ[F, 1].   pull: (K + 1, D) = [F, 1]ᵀ R.   ridge: λ. It holds features of all sizes
+    back alike: next to one with massive activations, a ridge that is the same for all would hold back all others.
+    With a bias ‖F_k‖ is the size around the mean.
     Raises NumericalError for entries that are not finite.
     """
     gram, pull = check_gram(gram), pull.double()
@@ -20,7 +24,9 @@ def correction(gram: Tensor, pull: Tensor, *, ridge: float, bias: bool) -> tuple
     if bias:
         features = features - tokens * torch.outer(mean, mean)
         wanted = wanted - tokens * torch.outer(mean, mean_wanted)
-    change = torch.cholesky_solve(wanted, factorise(features, ridge, unit=mean_diagonal(features)).lower)
+    smallest = (SMALLEST_SPREAD * gram.diagonal()[:-1]).clamp_min(torch.finfo(gram.dtype).tiny)
+    unit = torch.maximum(features.diagonal(), smallest).rsqrt()[:, None]
+    change = unit * torch.cholesky_solve(unit * wanted, factorise(unit * features * unit.T, ridge, unit=1.0).lower)
     return change, mean_wanted - mean @ change if bias else None
 
 

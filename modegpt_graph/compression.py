@@ -122,7 +122,11 @@ class Prepared:
         """
         check_request(ratio, allocator, self.preset, budget)
         allocator = self.allocator(allocator)
-        return self.result(self.decomposed.ranks(ratio, allocator, budget=budget), ratio, allocator, budget)
+        return self.result(self.ranks(ratio, allocator, budget), ratio, allocator, budget)
+
+    def ranks(self, ratio: float, allocator: str, budget: str = "parameters", **options: Any) -> dict[str, int]:
+        """As `Decomposed.ranks`, for what this model goes through afterwards."""
+        return self.decomposed.ranks(ratio, allocator, budget=budget, recalibrates=self.recalibrates, **options)
 
     def allocator(self, name: str | None) -> str:
         """The name given, or the preset's own; what the allocator measures once for all ratios is measured."""
@@ -219,7 +223,7 @@ class Prepared:
         without, reachable = None, True
         if done:
             try:
-                ranks = decomposed.ranks(ratio, allocator, budget=budget, without=nearly)
+                ranks = self.ranks(ratio, allocator, budget, without=nearly)
             except InputError:
                 reachable = False
             else:

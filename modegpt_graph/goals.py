@@ -66,7 +66,7 @@ def within_perplexity(prepared: Prepared, increase: float, allocator: str | None
         dense = math.log(perplexity(decomposed.dense, held_out))
 
         def ranks(ratio: float) -> dict[str, int]:
-            return decomposed.ranks(ratio, spread, budget=budget, tolerance=ANY)
+            return prepared.ranks(ratio, spread, budget, tolerance=ANY)
 
         best: dict[
             float, Built
@@ -117,7 +117,7 @@ def within_size(prepared: Prepared, size: int, allocator: str | None, budget: st
             return full - decomposed.removed(ranks, "bytes") + correction
 
         def at(ratio: float) -> dict[str, int]:
-            return decomposed.ranks(ratio, spread, budget=budget, tolerance=ANY)
+            return prepared.ranks(ratio, spread, budget, tolerance=ANY)
 
         for _ in range(SIZE_TRIES):
             ratio, ranks = _smallest(at, lambda ranks: expected(ranks) <= size, highest)

@@ -112,7 +112,7 @@ class Run:
             one = replace(self.prepared, decomposed=made[1], recalibrates=variant.recalibrates)
             for ratio in self.arguments.ratios:
                 with clock("allocate"):
-                    ranks = one.decomposed.ranks(ratio, variant.allocator)
+                    ranks = one.ranks(ratio, variant.allocator)
                 model = one.build(ranks, clock).model
                 self._add(name, ratio, model, one.decomposed.removed(ranks) / one.decomposed.total, clock.seconds)
                 clock = Clock()

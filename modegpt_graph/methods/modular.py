@@ -48,7 +48,7 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
     )
 
     def at(ratio: float) -> Smaller:
-        ranks = decomposed.ranks(ratio, preset.allocator)
+        ranks = decomposed.ranks(ratio, preset.allocator, recalibrates=preset.recalibrates)
         solutions = decomposed.solutions(ranks)
         solutions = decomposed.loosened(solutions) if preset.recalibrates else solutions
         smaller, _ = decomposed.model(solutions)

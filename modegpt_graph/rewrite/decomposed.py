@@ -41,6 +41,7 @@ from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution, rank_of
 
 SURGEON = {"selection": "surgeon"}
+LEFT = 0.5  # of what a site alone does to the logits where recalibration fits a producer too
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,22 @@ class Decomposed:
         allocator: str = "curves",
         *,
         budget: str = "parameters",
+        recalibrates: bool = False,
         without: Collection[str] = (),
         tolerance: float = TOLERANCE,
     ) -> dict[str, int]:
         """Rank of every site such that `ratio` of what a budget counts goes; sites that cost nothing there stay whole.
 
-        without: ids of sites that are left whole too.   tolerance: how far from the ratio what goes may be.
+        recalibrates: whether it follows: `curves` then counts less where it makes up for what is lost.   without: ids
+        of sites that are left whole too.   tolerance: how far from the ratio what goes may be.
         Raises InputError where the sites cannot give it.
         """
         items = [item for item in self.costs.items(self.items, budget) if item.id not in without]
         target = Target(self.costs.totals[budget], ratio, BUDGETS[budget], tolerance)
         if allocator == "curves":
             first = {site: {rank: self.divergences[site][rank]} for site, rank in half_ranks(self.items).items()}
-            ranks = curve_ranks(items, self.solvers, first, self._diverging, target)
+            left = {site: LEFT for site, scales in self.reached.items() if scales} if recalibrates else {}
+            ranks = curve_ranks(items, self.solvers, left, first, self._diverging, target)
         elif allocator == "split-influence":
             ranks = block_ranks(items, *self.blocks, self.observed.importance, target)
         elif allocator == "owl":
@@ -153,7 +157,7 @@ class Decomposed:
         What they cost on the calibration text is seen to by recalibration, so only sites that it reaches are changed.
         """
         found = dict(solutions)
-        sites = reached(self.dense, self.modules, self.layers, self.tokens) & solutions.keys()
+        sites = self.reached.keys() & solutions.keys()
         for kind, alike in kinds_of(self.modules, lambda placed: placed.site.id in sites).items():
             if kind in self.looseness and self.looseness[kind].helps:
                 for placed in alike:
@@ -162,6 +166,11 @@ class Decomposed:
                     if isinstance(solver, ShrunkSolver):
                         found[site] = solver.start(rank_of(solutions[site].kept, placed.footprint.layout))
         return found
+
+    @cached_property
+    def reached(self) -> Mapping[str, bool]:
+        """The sites whose consumers recalibration fits, and whether it fits a producer too."""
+        return reached(self.dense, self.modules, self.layers, self.tokens)
 
     @cached_property
     def looseness(self) -> Mapping[Kind, Looseness]:

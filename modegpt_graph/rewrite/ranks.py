@@ -81,18 +81,23 @@ def outlier_ranks(
 def curve_ranks(
     items: Sequence[Item],
     solvers: Mapping[str, Solver],
+    weights: Mapping[str, float],
     measured: Mapping[str, Mapping[int, float]],
     measure: Callable[[Mapping[str, int]], Mapping[str, float]],
     target: Target,
 ) -> dict[str, int]:
     """Ranks that minimise the summed KL divergence that the sites' errors are expected to cause.
 
-    measured: site → rank → divergence.   measure: from sites at ranks that this does not tell of to their divergence;
-    with it the ranks are found again, ROUNDS times at most.
+    weights: site → how much its divergence counts, 1 where it is left out.   measured: site → rank → divergence.
+    measure: from sites at ranks that this does not tell of to their divergence; with it the ranks are found again,
+    ROUNDS times at most.
     """
     known = {item.id: dict(measured[item.id]) for item in items}
     for last in (*[False] * ROUNDS, True):
-        costs = {site: expected_divergences(solvers[site].errors, own) for site, own in known.items()}
+        costs = {
+            site: weights.get(site, 1.0) * expected_divergences(solvers[site].errors, own)
+            for site, own in known.items()
+        }
         ranks = allocate_by_curves(items, costs, target)
         doubtful = {
             site: ranks[site] for site, own in known.items() if not is_told(solvers[site].errors, own, ranks[site])

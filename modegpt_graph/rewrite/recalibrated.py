@@ -13,6 +13,7 @@ from modegpt_graph.rewrite.apply import refit_in, rows_in
 from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.problem import consumer_error, consumer_problem
 from modegpt_graph.rewrite.recalibrate import PROBE_TOKENS, Producers, recalibrate
+from modegpt_graph.rewrite.scaling import find_scalings
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.stream import stream_entries
 from modegpt_graph.trace.linear import Linear
@@ -69,11 +70,17 @@ def recalibrated(
     return found
 
 
-def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> set[str]:
-    """Ids of the sites whose consumers recalibration fits once they are made smaller.   tokens: (windows, window)."""
-    places = _places(dense, modules)
-    entries = stream_entries(dense, layers, places, tokens[:1, :PROBE_TOKENS])
-    return {places[path][1].site.id for path in entries} & _with_consumers_of_their_own(modules)
+def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> dict[str, bool]:
+    """The sites whose consumers recalibration fits once they are made smaller, and whether it fits a producer too.
+
+    tokens: (windows, window).
+    """
+    some, alone, places = tokens[:1, :PROBE_TOKENS], _with_consumers_of_their_own(modules), _places(dense, modules)
+    entries = stream_entries(dense, layers, places, some)
+    found = {path: places[path] for path in entries if places[path][1].site.id in alone}
+    sources = {path: list(_producers(dense, *place)) for path, place in found.items() if _is_alone(place[0], modules)}
+    scalings = find_scalings(dense, sources, some)
+    return {placed.site.id: path in scalings for path, (_, placed) in found.items()}
 
 
 def _with_consumers_of_their_own(modules: Sequence[SiteModule]) -> set[str]:

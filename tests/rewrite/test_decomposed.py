@@ -43,3 +43,20 @@ def test_sites_that_are_left_out_stay_whole_and_the_others_give_it_all() -> None
     assert decomposed.removed(ranks) / decomposed.total == pytest.approx(0.2, abs=0.005)
     with pytest.raises(InputError, match="cannot be reached"):
         decomposed.ranks(0.9, "uniform", without=mlps)
+
+
+def test_sites_with_a_producer_that_recalibration_fits_give_more_where_it_follows() -> None:
+    decomposed = prepare(resolve(family("llama")), calibration=tokens()).decomposed
+    scaled = {site for site, scales in decomposed.reached.items() if scales}
+    assert scaled == {item.id for item in decomposed.items if item.full_rank == 48}
+    assert decomposed.reached.keys() > scaled
+    alone, followed = (decomposed.ranks(0.4, recalibrates=again) for again in (False, True))
+    assert sum(followed[site] for site in scaled) < sum(alone[site] for site in scaled)
+    assert decomposed.removed(followed) / decomposed.total == pytest.approx(0.4, abs=0.005)
+
+
+def test_ranks_are_the_same_where_no_producer_is_fitted() -> None:
+    decomposed = prepare(resolve(family("opt")), calibration=tokens()).decomposed
+    assert decomposed.reached
+    assert not any(decomposed.reached.values())
+    assert decomposed.ranks(0.4) == decomposed.ranks(0.4, recalibrates=True)

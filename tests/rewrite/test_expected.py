@@ -47,6 +47,6 @@ def test_a_site_that_shows_nothing_at_half_rank_is_measured_where_it_would_be_cu
         return {site: float(Cliff.errors[rank]) * (9.0 if site == "vital" else 0.0) for site, rank in ranks.items()}
 
     half = {item.id: {32: 0.0} for item in items}
-    ranks = curve_ranks(items, {item.id: Cliff() for item in items}, half, measure, Target(1280, 0.8))
+    ranks = curve_ranks(items, {item.id: Cliff() for item in items}, {}, half, measure, Target(1280, 0.8))
     assert any("vital" in ranks for ranks in asked)
     assert ranks["vital"] >= 16 > ranks["harmless"]

@@ -147,7 +147,8 @@ def test_few_layers_are_measured_in_a_deep_model_and_the_others_interpolated() -
     assert [interpolated(known, layer) for layer in (0, 1, 2, 4, 6)] == pytest.approx([1.0, 2.0, 4.0, 16.0, 8.0])
 
 
-def test_a_site_that_costs_more_keeps_more() -> None:
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0)])
+def test_a_site_that_costs_more_keeps_more(weights: tuple[float, float]) -> None:
     model = _model("grouped heads, rotary")
     surveyed = survey_model(resolve(model), read_patterns())
     modules = surveyed.modules()
@@ -158,10 +159,12 @@ def test_a_site_that_costs_more_keeps_more() -> None:
             self.errors = (1 - torch.arange(size + 1) / size).double().square()
 
     solvers = {item.id: Straight(item.full_rank) for item in items}
-    measured = {item.id: {item.full_rank // 2: weight} for item, weight in zip(items, (4.0, 1.0), strict=True)}
+    costs = [cost / weight for cost, weight in zip((4.0, 1.0), weights, strict=True)]
+    measured = {item.id: {item.full_rank // 2: cost} for item, cost in zip(items, costs, strict=True)}
+    counted = {item.id: weight for item, weight in zip(items, weights, strict=True)}
     total = sum(item.removed(0) for item in items)
     ranks = curve_ranks(
-        items, solvers, measured, lambda doubtful: pytest.fail(f"{doubtful} are told"), Target(total, 0.4)
+        items, solvers, counted, measured, lambda doubtful: pytest.fail(f"{doubtful} are told"), Target(total, 0.4)
     )
     lost = [1 - ranks[item.id] / item.full_rank for item in items]
     # The optimum of Σ w·x² under Σ x = const has w·x equal everywhere.

@@ -206,7 +206,7 @@ class Prepared:
             replace(
                 outcome,
                 seconds=clock.seconds,
-                choices=decomposed.said(recalibrated=self.recalibrates),
+                choices=decomposed.said(allocator, recalibrates=self.recalibrates),
                 search=search,
                 reused=tuple(decomposed.memory.said),
             ),

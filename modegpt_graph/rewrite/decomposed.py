@@ -181,10 +181,17 @@ class Decomposed:
         recipe = SURGEON if placed.site.id in self.by_surgeon else {}
         return _solver(self.dense, self.modules, self.preset, placed, statistics, shrinkage=shrinkage, **recipe)
 
-    def said(self, *, recalibrated: bool) -> tuple[str, ...]:
+    def said(self, allocator: str, *, recalibrates: bool) -> tuple[str, ...]:
         """How it was chosen what to do, a sentence each."""
-        looseness = self.looseness.values() if recalibrated else ()
-        return tuple(one.said for one in (*self.trials, *looseness))
+        trials = [one.said for one in self.trials]
+        if not recalibrates:
+            return tuple(trials)
+        halved = sum(self.reached.values()) if allocator == "curves" else 0
+        spread = (
+            f"What sites do to the logits counts {LEFT:g} times at {halved} of {len(self.items)} when the ratio is "
+            "spread: recalibration fits a producer there too, and so makes up for more."
+        )
+        return *trials, *[spread] * bool(halved), *(one.said for one in self.looseness.values())
 
     def model(self, solutions: Mapping[str, Solution]) -> tuple[nn.Module, tuple[RewrittenModule, ...]]:
         """A copy of the dense model with these solutions in place, and the modules that were rewritten."""

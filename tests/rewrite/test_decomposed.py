@@ -53,6 +53,10 @@ def test_sites_with_a_producer_that_recalibration_fits_give_more_where_it_follow
     alone, followed = (decomposed.ranks(0.4, recalibrates=again) for again in (False, True))
     assert sum(followed[site] for site in scaled) < sum(alone[site] for site in scaled)
     assert decomposed.removed(followed) / decomposed.total == pytest.approx(0.4, abs=0.005)
+    said = "counts 0.5 times at 2 of 6"
+    assert sum(said in one for one in decomposed.said("curves", recalibrates=True)) == 1
+    assert not any(said in one for one in decomposed.said("uniform", recalibrates=True))
+    assert not any(said in one for one in decomposed.said("curves", recalibrates=False))
 
 
 def test_ranks_are_the_same_where_no_producer_is_fitted() -> None:

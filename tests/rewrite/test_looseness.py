@@ -50,7 +50,7 @@ def test_fits_start_looser_where_features_go_together_in_the_calibration_text_al
         assert start.relative_error is None
         ((rows, _),), ((plain, _),) = start.refits.values(), one.refits.values()
         assert not torch.allclose(rows, plain, rtol=1e-3)
-    (said,) = (one for one in found.said(recalibrated=True) if one.startswith("Recalibration of gated-mlp"))
+    (said,) = (one for one in found.said("curves", recalibrates=True) if one.startswith("Recalibration of gated-mlp"))
     assert f"err {kinds['gated-mlp'].ratio:.2f} times as much" in said
     assert "as if features went together 0.5 times as much" in said
 
@@ -60,7 +60,7 @@ def test_fits_start_as_features_go_together_where_they_do_in_other_text_too() ->
     first = found.solutions(found.ranks(0.5))
     assert found.loosened(first) == first
     assert all(one.ratio > 1 for one in found.looseness.values())
-    assert all("starts as features go together" in said for said in found.said(recalibrated=True)[-2:])
+    assert all("starts as features go together" in said for said in found.said("curves", recalibrates=True)[-2:])
 
 
 def test_sites_that_recalibration_does_not_reach_are_not_loosened() -> None:

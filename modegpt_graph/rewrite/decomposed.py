@@ -41,7 +41,7 @@ from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution, rank_of
 
 SURGEON = {"selection": "surgeon"}
-LEFT = 0.5  # of what a site alone does to the logits where recalibration fits a producer too
+LEFT = 0.5  # of what a site alone does to the logits, where recalibration makes up for most
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Decomposed:
         target = Target(self.costs.totals[budget], ratio, BUDGETS[budget], tolerance)
         if allocator == "curves":
             first = {site: {rank: self.divergences[site][rank]} for site, rank in half_ranks(self.items).items()}
-            left = {site: LEFT for site, scales in self.reached.items() if scales} if recalibrates else {}
+            left = {site: LEFT for site, makes_up in self.reached.items() if makes_up} if recalibrates else {}
             ranks = curve_ranks(items, self.solvers, left, first, self._diverging, target)
         elif allocator == "split-influence":
             ranks = block_ranks(items, *self.blocks, self.observed.importance, target)
@@ -169,7 +169,7 @@ class Decomposed:
 
     @cached_property
     def reached(self) -> Mapping[str, bool]:
-        """The sites whose consumers recalibration fits, and whether it fits a producer too."""
+        """The sites whose consumers recalibration fits, and whether that makes up for most of what they lose."""
         return reached(self.dense, self.modules, self.layers, self.tokens)
 
     @cached_property

@@ -71,8 +71,9 @@ def recalibrated(
 
 
 def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> dict[str, bool]:
-    """The sites whose consumers recalibration fits once they are made smaller, and whether it fits a producer too.
+    """The sites whose consumers recalibration fits once they are made smaller, and whether that makes up for most.
 
+    It does where a producer is fitted too, and no norm follows: behind one the stream's losses cannot be made up for.
     tokens: (windows, window).
     """
     some, alone, places = tokens[:1, :PROBE_TOKENS], _with_consumers_of_their_own(modules), _places(dense, modules)
@@ -80,7 +81,7 @@ def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[st
     found = {path: places[path] for path in entries if places[path][1].site.id in alone}
     sources = {path: list(_producers(dense, *place)) for path, place in found.items() if _is_alone(place[0], modules)}
     scalings = find_scalings(dense, sources, some)
-    return {placed.site.id: path in scalings for path, (_, placed) in found.items()}
+    return {placed.site.id: path in scalings and not entries[path].is_normed for path, (_, placed) in found.items()}
 
 
 def _with_consumers_of_their_own(modules: Sequence[SiteModule]) -> set[str]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fixtures.families import family, tokens
+from fixtures.library import build
 
 import modegpt_graph as mg
 from modegpt_graph.compression import prepare
@@ -64,3 +65,14 @@ def test_ranks_are_the_same_where_no_producer_is_fitted() -> None:
     assert decomposed.reached
     assert not any(decomposed.reached.values())
     assert decomposed.ranks(0.4) == decomposed.ranks(0.4, recalibrates=True)
+
+
+def test_nothing_is_made_up_for_behind_a_norm() -> None:
+    model = build("gemma2", "cpu")
+    for layer in model.model.layers:  # what a norm adds under its root is not to tell
+        layer.self_attn.o_proj.weight.data *= 1e4
+        layer.mlp.down_proj.weight.data *= 1e4
+    ids = torch.randint(0, 24, (16, 64), generator=torch.Generator().manual_seed(0))
+    reached = prepare(resolve(model), calibration=ids, evaluating=False).decomposed.reached
+    assert len(reached) == 2 * len(model.model.layers)
+    assert not any(reached.values())

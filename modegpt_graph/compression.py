@@ -140,8 +140,7 @@ class Prepared:
         """The model at these ranks."""
         decomposed, progress = self.decomposed, self.progress
         with clock("solve"), progress.stage("solve"):
-            first = decomposed.solutions(ranks)
-            solutions = decomposed.loosened(first) if self.recalibrates else first
+            first = solutions = decomposed.solutions(ranks, recalibrates=self.recalibrates)
         with clock("rewrite"), progress.stage("rewrite"):
             self.contents.restore()
             smaller, rewritten = decomposed.model(solutions)

@@ -40,7 +40,7 @@ class Gram:
         for start in range(0, self.size, step):
             block = features[:, start:].T @ features[:, start : start + step]
             self._lower[start:, start : start + step] += block.double()
-        self._sum += features.sum(0, dtype=torch.float64)
+        self._sum += features.sum(0).double()
 
     def augmented(self) -> Tensor:
         """(N + 1, N + 1) of [X, 1]."""

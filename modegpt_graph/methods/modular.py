@@ -49,8 +49,7 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
 
     def at(ratio: float) -> Smaller:
         ranks = decomposed.ranks(ratio, preset.allocator, recalibrates=preset.recalibrates)
-        solutions = decomposed.solutions(ranks)
-        solutions = decomposed.loosened(solutions) if preset.recalibrates else solutions
+        solutions = decomposed.solutions(ranks, recalibrates=preset.recalibrates)
         smaller, _ = decomposed.model(solutions)
         if preset.recalibrates:
             decomposed.recalibrated(smaller, solutions)

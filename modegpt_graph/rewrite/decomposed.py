@@ -38,7 +38,7 @@ from modegpt_graph.rewrite.ranks import (
 from modegpt_graph.rewrite.recalibrated import reached, recalibrated
 from modegpt_graph.rewrite.selection import Trial, try_selections
 from modegpt_graph.rewrite.shrunk import ShrunkSolver
-from modegpt_graph.rewrite.solution import Solution, rank_of
+from modegpt_graph.rewrite.solution import Solution
 
 SURGEON = {"selection": "surgeon"}
 LEFT = 0.5  # of what a site alone does to the logits, where recalibration makes up for most
@@ -146,26 +146,29 @@ class Decomposed:
             ranks = layer_ranks(allocator, items, self.observed.importance, target)
         return {item.id: ranks.get(item.id, item.full_rank) for item in self.items}
 
-    def solutions(self, ranks: Mapping[str, int]) -> dict[str, Solution]:
-        """Solutions of the sites that are made smaller."""
-        smaller = [item.id for item in self.items if ranks[item.id] < item.full_rank]
-        return {site: self.solvers[site].solution(ranks[site]) for site in smaller}
+    def solutions(self, ranks: Mapping[str, int], *, recalibrates: bool = False) -> dict[str, Solution]:
+        """Solutions of the sites that are made smaller.
 
-    def loosened(self, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
-        """Solutions to recalibrate: where `looseness` helps, as if features went less together.
-
-        What they cost on the calibration text is seen to by recalibration, so only sites that it reaches are changed.
+        recalibrates: whether it follows: where `loosened` helps, features then go less together, and the error is left
+        to recalibration to see to, and to measure.
         """
-        found = dict(solutions)
-        sites = self.reached.keys() & solutions.keys()
-        for kind, alike in kinds_of(self.modules, lambda placed: placed.site.id in sites).items():
-            if kind in self.looseness and self.looseness[kind].helps:
-                for placed in alike:
-                    site = placed.site.id
-                    solver = self._looser(placed, self.observed.statistics[site], SHRINKAGE)
-                    if isinstance(solver, ShrunkSolver):
-                        found[site] = solver.start(rank_of(solutions[site].kept, placed.footprint.layout))
+        found = {}
+        for item in self.items:
+            site, rank = item.id, ranks[item.id]
+            if rank == item.full_rank:
+                continue
+            solver = self.solvers[site]
+            if recalibrates and site in self.loosened:
+                solver = self._looser(self.loosened[site], self.observed.statistics[site], SHRINKAGE)
+            found[site] = solver.start(rank) if isinstance(solver, ShrunkSolver) else solver.solution(rank)
         return found
+
+    @cached_property
+    def loosened(self) -> Mapping[str, Placed]:
+        """The sites that recalibration starts from looser fits: it reaches them, and `looseness` helps."""
+        kinds = kinds_of(self.modules, lambda placed: placed.site.id in self.reached)
+        helped = [alike for kind, alike in kinds.items() if kind in self.looseness and self.looseness[kind].helps]
+        return {placed.site.id: placed for alike in helped for placed in alike}
 
     @cached_property
     def reached(self) -> Mapping[str, bool]:

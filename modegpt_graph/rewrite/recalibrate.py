@@ -2,10 +2,10 @@
 
 The one-shot solutions are fitted to the inputs that each site has in the dense model. In the smaller model a site reads
 what the sites before it have left. So both models go over the calibration tokens side by side; at every consumer the
-smaller model's features are fitted to the dense model's output plus all that the residual stream has lost so far (to
-the former alone where a norm follows), and the passes go on with the new matrix. Where a producer does nothing but
-scale the features, as a gated MLP's up projection, they are linear in it too: it is fitted to what the consumer leaves.
-Nothing else changes.
+smaller model's features are fitted to the dense model's output plus all that the residual stream has lost so far, and
+the passes go on with the new matrix. Where a producer does nothing but scale the features, as a gated MLP's up
+projection, they are linear in it too: it is fitted to what the consumer leaves. Where a norm follows, it gives what is
+left of a branch the length that all of it had; so its gains are fitted last. Nothing else changes.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
 from modegpt_graph.rewrite.recorded import error_when_called, recorded, taken
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
-from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, stream_entries
+from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, slopes_of, stream_entries
 
 HELD_BACK = 376  # tokens, as if each feature had come alone in so many, with nothing to correct; 0.01 of 37,632
 TOKENS_PER_PASS = 4096
@@ -56,7 +56,7 @@ def recalibrate(
     progress: Progress | None = None,
     producers: Mapping[str, Producers] | None = None,
 ) -> dict[str, float]:
-    """Change the weights (and biases) of `smaller`'s consumers in place, and the weights of producers that scale.
+    """Change the weights (and biases) of `smaller`'s consumers in place, of producers that scale, and of norms after.
 
     Returns, for consumers of which a producer was fitted, the squared error of what they put out over its squared norm,
     on the inputs that their modules have in the dense model.
@@ -97,6 +97,8 @@ def recalibrate(
                 known = path in scalings and len(calls) == len(passes)
                 if known and _fit_producer(branch, targets, scalings[path]):
                     errors[path] = error_when_called(smaller.get_submodule(sources[path].module), branch.linear, calls)
+                if entry.parameter is not None:
+                    _fit_gains(branch, entry.parameter, targets, ridge)
                 stage.advance()
         finally:
             for pair in passes:
@@ -116,13 +118,8 @@ def _pass(model: nn.Module, tokens: Tensor) -> SteppedPass:
 
 
 def _target(dense: SteppedPass, smaller: SteppedPass, entry: Entry) -> Tensor:
-    """What should enter the stream: what does in the dense model, and what the stream has lost before.
-
-    Where a norm follows, only the former: a norm leaves what enters no length of its own to make up for a loss.
-    """
+    """What should enter the stream: what does in the dense model, and what the stream has lost before."""
     branch = exact(dense.state["branch"])
-    if entry.is_normed:
-        return branch
     lost = exact(dense.state["before"]) - exact(smaller.state["stream"])
     return branch + (lost / entry.constant).reshape(branch.shape)
 
@@ -144,7 +141,7 @@ class _Branch:
     def __init__(self, model: nn.Module, path: str, entry: Entry) -> None:
         self.model, self.linear = model, linear_at(model, path)
         self._gains, self._is_normed = entry.gains, entry.is_normed
-        self._follower = None if entry.follower is None else model.get_submodule(entry.follower)
+        self.follower = None if entry.follower is None else model.get_submodule(entry.follower)
 
     @property
     def matrix(self) -> Tensor:
@@ -165,7 +162,7 @@ class _Branch:
         does, all rows weigh the same, and the weights are None.
         """
         output = self.linear(features)
-        branch = output if self._follower is None else self._follower(output)
+        branch = output if self.follower is None else self.follower(output)
         output, branch, target = (exact(one).flatten(0, -2) for one in (output, branch, target))
         missing = target - branch
         if self._gains is None:
@@ -221,6 +218,28 @@ def _fit_producer(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], s
             slopes, inputs = features.scaled
             features.values = slopes * scaling.output(branch.model, inputs)
     return length > 0
+
+
+def _fit_gains(branch: _Branch, name: str, passes: Sequence[tuple[Tensor, _Features]], ridge: float) -> None:
+    """Move the gains of a norm, column by column, as `_fit` moves a matrix.
+
+    name: of the norm's parameter.
+    """
+    norm = branch.follower
+    assert norm is not None
+    gains = norm.get_parameter(name)
+    energy, pull = torch.zeros(2, 2, len(gains), dtype=torch.float64)
+    for number, (target, features) in enumerate(passes):
+        output = branch.linear(features.values)
+        slopes, missing = exact(slopes_of(norm, name, output)), target - exact(norm(output))
+        energy[_is_held_out(number)] += slopes.square().flatten(0, -2).sum(0)
+        pull[_is_held_out(number)] += (slopes * missing).flatten(0, -2).sum(0)
+    held_back = (1 + ridge) * energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    tried = pull[0] / held_back[0]
+    gained, spent = float((tried * pull[1]).sum()), float((tried.square() * energy[1]).sum())
+    if gained > 0:
+        change = pull.sum(0) / held_back.sum(0)
+        gains.data = (gains.double() + min(gained / spent, 1.0) * change).to(gains.dtype)
 
 
 def _is_held_out(number: int) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from modegpt_graph.models import forward_logits
 
@@ -20,13 +21,15 @@ class Entry:
 
     follower: path of a module, in the model, that scales rows and columns and does nothing else (a norm without a
     mean): follower(o)_td = s_t · gains_d · o_td.   gains: (D,) float64, None without a follower.   is_normed: whether
-    all rows of s_t · o_t are as long: then what enters the stream cannot make up for what the stream has lost.
+    all rows of s_t · o_t are as long: then no consumer changes how much enters the stream.   parameter: name of a
+    norm's own (D,) in which that is linear, column by column, and which nothing else has; None where there is none.
     """
 
     constant: float
     follower: str | None = None
     gains: Tensor | None = None
     is_normed: bool = False
+    parameter: str | None = None
 
 
 @dataclass
@@ -51,7 +54,7 @@ def stream_entries(
     entries: dict[str, Entry] = {}
     for layer in seen:
         if all(calls[path] == 1 for path in layer.outputs):
-            entries |= _entries_of(layer, model)
+            entries |= _entries_of(layer, model, calls)
     return entries
 
 
@@ -64,6 +67,13 @@ def row_scales(output: Tensor, branch: Tensor, gains: Tensor) -> Tensor:
     """(T, 1) the s_t of a follower's `branch` (T, D) for a consumer's `output` (T, D)."""
     scaled = output * gains.to(output.dtype)
     return (scaled * branch).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def slopes_of(module: nn.Module, name: str, output: Tensor) -> Tensor:
+    """(…, D) what one more of a parameter (D,) adds to what a module, linear in it, makes of `output`."""
+    parameter = module.get_parameter(name)
+    one, none = torch.ones_like(parameter), torch.zeros_like(parameter)
+    return functional_call(module, {name: one}, (output,)) - functional_call(module, {name: none}, (output,))
 
 
 def _watched(
@@ -90,6 +100,7 @@ def _watched(
 
     def called(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple, output: Any) -> None:
+            calls[path] += 1
             if not running or not isinstance(output, Tensor):
                 return
             layer = seen[running[-1]]
@@ -97,7 +108,6 @@ def _watched(
                 if args and args[0] is value:
                     layer.followed[consumer] = (path, output)
             if path in consumers:
-                calls[path] += 1
                 layer.outputs[path] = output
 
         return hook
@@ -119,7 +129,7 @@ def _watched(
     return list(seen.values()), calls
 
 
-def _entries_of(layer: _Layer, model: nn.Module) -> dict[str, Entry]:
+def _entries_of(layer: _Layer, model: nn.Module, calls: Counter[str]) -> dict[str, Entry]:
     if layer.given is None or layer.result is None or not layer.outputs:
         return {}
     size = layer.given.numel()
@@ -142,8 +152,25 @@ def _entries_of(layer: _Layer, model: nn.Module) -> dict[str, Entry]:
         found = _scaling(layer.outputs[path], branch)
         if found is None or getattr(model.get_submodule(path), "bias", None) is not None:
             return {}
-        entries[path] = Entry(constant, follower, *found)
+        gains, is_normed = found
+        parameter = _parameter(model, follower, layer.outputs[path]) if is_normed and calls[follower] == 1 else None
+        entries[path] = Entry(constant, follower, gains, is_normed, parameter)
     return entries
+
+
+def _parameter(model: nn.Module, follower: str, output: Tensor) -> str | None:
+    """Name of a parameter that a follower scales columns with, is linear in, and shares with nothing."""
+    module, size = model.get_submodule(follower), output.shape[-1]
+    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        branch = module(output)
+        for name, parameter in module.named_parameters():
+            if parameter.shape == (size,) and uses[id(parameter)] == 1:
+                start = functional_call(module, {name: torch.zeros_like(parameter)}, (output,))
+                missed = branch - start - parameter * slopes_of(module, name, output)
+                if float(missed.norm()) < EXPLAINED * float(branch.norm()):
+                    return name
+    return None
 
 
 def _constants(change: Tensor, branches: dict[str, Tensor]) -> dict[str, float]:

@@ -36,7 +36,7 @@ def decomposed(of_own: Callable[[Tensor], Tensor]) -> Decomposed:
 def test_fits_start_looser_where_features_go_together_in_the_calibration_text_alone() -> None:
     found = decomposed(unrelated)
     first = found.solutions(found.ranks(0.5))
-    solutions = found.loosened(first)
+    solutions = found.solutions(found.ranks(0.5), recalibrates=True)
     kinds = {one.kind[0]: one for one in found.looseness.values()}
     assert kinds.keys() == {"value-output", "gated-mlp"}
     assert all(one.helps and one.ratio < 1 for one in kinds.values())
@@ -44,7 +44,7 @@ def test_fits_start_looser_where_features_go_together_in_the_calibration_text_al
     for site, one in first.items():
         start = solutions[site]
         if not isinstance(found.observed.statistics[site], ConsumerStatistics):
-            assert start is one
+            assert start.relative_error == one.relative_error
             continue
         assert [kept.shape for kept in start.kept] == [kept.shape for kept in one.kept]
         assert start.relative_error is None
@@ -57,17 +57,16 @@ def test_fits_start_looser_where_features_go_together_in_the_calibration_text_al
 
 def test_fits_start_as_features_go_together_where_they_do_in_other_text_too() -> None:
     found = decomposed(lambda gram: gram)
-    first = found.solutions(found.ranks(0.5))
-    assert found.loosened(first) == first
+    assert not found.loosened
     assert all(one.ratio > 1 for one in found.looseness.values())
     assert all("starts as features go together" in said for said in found.said("curves", recalibrates=True)[-2:])
 
 
 def test_sites_that_recalibration_does_not_reach_are_not_loosened() -> None:
     found = decomposed(unrelated)
-    first = found.solutions(found.ranks(0.5))
+    assert found.loosened
     unknown = replace(found, layers=())  # of no layers it is known what enters the stream
-    assert unknown.loosened(first) == first
+    assert not unknown.loosened
 
 
 @pytest.mark.parametrize("recalibrate", [True, False])

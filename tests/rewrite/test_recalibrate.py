@@ -34,6 +34,14 @@ def layers(model: Any) -> list[str]:
     return [f"model.layers.{index}" for index in range(len(model.model.layers))]
 
 
+def normed() -> Any:
+    """A model with norms after its consumers, which put out much more than a norm adds under its root."""
+    model = build("gemma2", "cpu")
+    for path in paths(model, "o_proj", "down_proj"):
+        model.get_submodule(path).weight.data *= 1e4
+    return model
+
+
 def test_a_pass_stops_where_a_hook_says_and_raises_what_it_raises() -> None:
     seen = []
 
@@ -78,14 +86,27 @@ def test_a_norm_after_a_consumer_is_found_with_its_gains() -> None:
         torch.testing.assert_close(one.gains / one.gains.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_norm_takes_the_length_of_what_it_is_given() -> None:
-    model = build("gemma2", "cpu")
-    consumers = paths(model, "o_proj", "down_proj")
-    for path in consumers:
-        model.get_submodule(path).weight.data *= 1e4
-    found = stream_entries(model, layers(model), consumers, tokens()[:1])
-    assert len(found) == len(consumers)
-    assert all(one.is_normed for one in found.values())
+def test_the_gains_of_a_norm_that_does_more_than_follow_one_consumer_are_not_to_be_fitted() -> None:
+    shared, tied = normed(), normed()
+    for layer in shared.model.layers:
+        layer.post_feedforward_layernorm = layer.post_attention_layernorm
+    for layer in tied.model.layers:
+        layer.post_feedforward_layernorm.weight = layer.post_attention_layernorm.weight
+    for model in shared, tied:
+        found = stream_entries(model, layers(model), paths(model, "o_proj", "down_proj"), tokens()[:1])
+        assert [(one.is_normed, one.parameter) for one in found.values()] == [(True, None)] * 2 * len(layers(model))
+
+
+def test_the_length_that_a_norm_gives_is_fitted() -> None:
+    dense = normed()
+    smaller = copy.deepcopy(dense)
+    norm, consumer = "model.layers.1.post_feedforward_layernorm", "model.layers.1.mlp.down_proj"
+    wrong = smaller.get_submodule(norm).weight
+    wrong.data = 0.5 * (1 + wrong) - 1
+    before = kl_divergence(dense, smaller, tokens(1))
+    only = {path: path == consumer for path in paths(dense, "o_proj", "down_proj")}
+    recalibrate(dense, smaller, layers(dense), only, [tokens()])
+    assert kl_divergence(dense, smaller, tokens(1)) < 0.2 * before
 
 
 class NormedLayer(nn.Module):
@@ -155,12 +176,14 @@ def test_what_a_wrong_matrix_lost_is_fitted_by_the_next_ones(name: str) -> None:
     broken = next(iter(consumers))
     nn.init.zeros_(smaller.get_submodule(broken).weight)
     others = {path: path != broken for path in consumers}
+    entries = stream_entries(dense, layers(dense), consumers, tokens()[:1])
+    norms = {f"{one.follower}.{one.parameter}" for path, one in entries.items() if one.parameter and others[path]}
     unchanged = {name: value.clone() for name, value in smaller.state_dict().items()}
     before = kl_divergence(dense, smaller, tokens(1))
     recalibrate(dense, smaller, layers(dense), others, [tokens()])
     assert kl_divergence(dense, smaller, tokens(1)) < 0.7 * before
     changed = {name for name, value in smaller.state_dict().items() if not torch.equal(value, unchanged[name])}
-    assert changed == {f"{path}.weight" for path, may in others.items() if may}
+    assert changed == norms | {f"{path}.weight" for path, may in others.items() if may}
 
 
 def test_a_model_that_lost_nothing_stays_as_it_is() -> None:

@@ -71,10 +71,9 @@ def recalibrated(
 
 
 def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> dict[str, bool]:
-    """The sites whose consumers recalibration fits once they are made smaller, and whether that makes up for most.
+    """The sites whose consumers recalibration fits once they are made smaller, and whether it fits most there.
 
-    It does where a producer is fitted too, and no norm follows: behind one the stream's losses cannot be made up for.
-    tokens: (windows, window).
+    It does where a producer is fitted too, and no norm follows. tokens: (windows, window).
     """
     some, alone, places = tokens[:1, :PROBE_TOKENS], _with_consumers_of_their_own(modules), _places(dense, modules)
     entries = stream_entries(dense, layers, places, some)

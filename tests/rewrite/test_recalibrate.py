@@ -86,6 +86,14 @@ def test_a_norm_after_a_consumer_is_found_with_its_gains() -> None:
         torch.testing.assert_close(one.gains / one.gains.norm(), expected / expected.norm(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_norm_takes_the_length_of_what_it_is_given() -> None:
+    model = normed()
+    consumers = paths(model, "o_proj", "down_proj")
+    found = stream_entries(model, layers(model), consumers, tokens()[:1])
+    assert len(found) == len(consumers)
+    assert all(one.is_normed and one.parameter == "weight" for one in found.values())
+
+
 def test_the_gains_of_a_norm_that_does_more_than_follow_one_consumer_are_not_to_be_fitted() -> None:
     shared, tied = normed(), normed()
     for layer in shared.model.layers:

@@ -144,12 +144,12 @@ class Prepared:
         with clock("rewrite"), progress.stage("rewrite"):
             self.contents.restore()
             smaller, rewritten = decomposed.model(solutions)
-        contents = Contents(smaller)
+        contents, scale = Contents(smaller), None
         if self.recalibrates:
             with clock("recalibrate"):
-                solutions = decomposed.recalibrated(smaller, solutions)
+                solutions, scale = decomposed.recalibrated(smaller, solutions)
         contents.restore()
-        return Built(smaller, rewritten, first, solutions)
+        return Built(smaller, rewritten, first, solutions, scale)
 
     def result(
         self,
@@ -205,7 +205,7 @@ class Prepared:
             replace(
                 outcome,
                 seconds=clock.seconds,
-                choices=decomposed.said(allocator, recalibrates=self.recalibrates),
+                choices=(*decomposed.said(allocator, recalibrates=self.recalibrates), *built.said),
                 search=search,
                 reused=tuple(decomposed.memory.said),
             ),

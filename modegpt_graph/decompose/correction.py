@@ -37,4 +37,9 @@ def step_length(gram: Tensor, pull: Tensor, change: Tensor, offset: Tensor | Non
     """
     full = torch.cat([change, change.new_zeros(1, change.shape[1]) if offset is None else offset[None]])
     gained, spent = float((full * pull.double()).sum()), float((full * (gram.double() @ full)).sum())
-    return min(max(gained / spent, 0.0), 1.0) if spent > 0 else 0.0
+    return min(best_length(gained, spent), 1.0)
+
+
+def best_length(gained: float, spent: float) -> float:
+    """The t ≥ 0 that minimises t² · spent − 2 t · gained: of a squared error along a change."""
+    return max(gained / spent, 0.0) if spent > 0 else 0.0

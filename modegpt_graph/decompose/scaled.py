@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modegpt_graph.decompose.correction import best_length
 from modegpt_graph.decompose.numerics import factorise
 
 SAMPLED = 4  # every fourth row tells enough of what the equations look like on average
@@ -52,7 +53,7 @@ def scaled_step_length(rows: Sequence[ScaledRows], consumer: Tensor, change: Ten
     for one in rows:
         moved = one.moved(change, consumer)
         gained, spent = gained + _dot(moved, one.left), spent + _dot(moved, moved)
-    return max(gained / spent, 0.0) if spent > 0 else 0.0
+    return best_length(gained, spent)
 
 
 def _gram(rows: Sequence[Tensor]) -> Tensor:

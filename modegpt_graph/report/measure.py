@@ -20,12 +20,24 @@ class Built:
     """A smaller model.
 
     first: the solutions that the sites' solvers gave.   solutions: those in place, some of them fitted again since.
+    logit_scale: what the logits were scaled by, where that was fitted.
     """
 
     model: nn.Module
     rewritten: tuple[RewrittenModule, ...]
     first: Mapping[str, Solution]
     solutions: Mapping[str, Solution]
+    logit_scale: float | None = None
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What was done beside the sites, a sentence each."""
+        if self.logit_scale is None:
+            return ()
+        return (
+            f"The logits are scaled by {self.logit_scale:.3f}, in the last norm: so they tell most nearly what the "
+            "dense model's do on the calibration text.",
+        )
 
 
 def measure(

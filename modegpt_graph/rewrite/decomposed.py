@@ -201,8 +201,12 @@ class Decomposed:
         smaller = copy.deepcopy(self.dense)
         return smaller, rewrite(smaller, self.modules, solutions)
 
-    def recalibrated(self, smaller: nn.Module, solutions: Mapping[str, Solution]) -> dict[str, Solution]:
-        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read."""
+    def recalibrated(
+        self, smaller: nn.Module, solutions: Mapping[str, Solution]
+    ) -> tuple[dict[str, Solution], float | None]:
+        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read; and
+        what its logits were scaled by.
+        """
         return recalibrated(
             self.dense,
             smaller,

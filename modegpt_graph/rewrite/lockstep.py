@@ -16,11 +16,12 @@ class _Abandoned(BaseException):
 
 
 class SteppedPass(threading.Thread):
-    """One forward pass, from stop to stop. state: whatever the hooks keep of this pass."""
+    """One forward pass, from stop to stop. state: whatever the hooks keep of this pass.   result: at its end."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(daemon=True)
         self.state: dict[Any, Any] = {}
+        self.result: Any = None
         self._work = work
         self._go, self._halted = threading.Semaphore(0), threading.Semaphore(0)
         self._value: Any = None
@@ -51,7 +52,7 @@ class SteppedPass(threading.Thread):
         """The thread's own work; not to be called."""
         try:
             with torch.no_grad():  # the mode is a thread's own
-                self._work()
+                self.result = self._work()
         except _Abandoned:
             return
         except Exception as error:

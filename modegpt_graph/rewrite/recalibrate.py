@@ -5,11 +5,12 @@ what the sites before it have left. So both models go over the calibration token
 smaller model's features are fitted to the dense model's output plus all that the residual stream has lost so far, and
 the passes go on with the new matrix. Where a producer does nothing but scale the features, as a gated MLP's up
 projection, they are linear in it too: it is fitted to what the consumer leaves. Where a norm follows, it gives what is
-left of a branch the length that all of it had; so its gains are fitted last. Nothing else changes.
+left of a branch the length that all of it had; so its gains are fitted last. At the end the logits get the scale at
+which they tell most nearly what the dense model's do. Nothing else changes.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from modegpt_graph.calibrate.statistics import Gram, exact
-from modegpt_graph.decompose.correction import correction, step_length
+from modegpt_graph.decompose.correction import best_length, correction, step_length
 from modegpt_graph.decompose.scaled import ScaledRows, scaled_direction, scaled_step_length
 from modegpt_graph.models import forward_logits
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
+from modegpt_graph.rewrite.logit_scale import STEP, find_logit_scale
 from modegpt_graph.rewrite.recorded import error_when_called, recorded, taken
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
 from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, slopes_of, stream_entries
@@ -34,6 +36,16 @@ HELD_OUT = 4  # every fourth pass is left out of the fit that finds the length o
 PROBE_TOKENS = 64
 FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative to mean diagonals; they left least of other text's error
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """errors: for consumers of which a producer was fitted, the squared error of what they put out over its squared
+    norm, on the inputs that their modules have in the dense model.   logit_scale: None where it could not be fitted.
+    """
+
+    errors: Mapping[str, float]
+    logit_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,8 @@ def recalibrate(
     texts: Sequence[Tensor],
     progress: Progress | None = None,
     producers: Mapping[str, Producers] | None = None,
-) -> dict[str, float]:
+) -> Recalibration:
     """Change the weights (and biases) of `smaller`'s consumers in place, of producers that scale, and of norms after.
-
-    Returns, for consumers of which a producer was fitted, the squared error of what they put out over its squared norm,
-    on the inputs that their modules have in the dense model.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
     the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   producers:
@@ -71,23 +80,28 @@ def recalibrate(
     wanted = {path for path, may_change in consumers.items() if may_change and path in entries}
     batches = [batch for tokens in texts for batch in _batches(tokens)]
     if not wanted or len(batches) < 2:
-        return {}
+        return Recalibration({})
     sources = {path: own for path, own in (producers or {}).items() if path in wanted}
     scalings = find_scalings(smaller, {path: own.paths for path, own in sources.items()}, texts[0][:1, :PROBE_TOKENS])
     errors: dict[str, float] = {}
     ridge = HELD_BACK / sum(batch.numel() for batch in batches)
+    scale = find_logit_scale(smaller, layers, texts[0][:1, :PROBE_TOKENS], texts)
     with (
         (progress or NullProgress()).stage("recalibrate", len(wanted)) as stage,
         recorded(dense, {path: sources[path].module for path in scalings}),
         _hooked(dense, layers, entries, {}, stops_after=wanted),
         _hooked(smaller, layers, entries, scalings, stops_before=wanted),
+        scale.hooked(dense) if scale else nullcontext(),
+        scale.hooked(smaller, (1.0, 1.0 + STEP)) if scale else nullcontext(),
     ):
         passes = [(_pass(dense, batch), _pass(smaller, batch)) for batch in batches]
         try:
             for _ in wanted:
                 paths = {one.advance() for pair in passes for one in pair}
                 if len(paths) != 1 or any("stream" not in one.state for pair in passes for one in pair):
-                    return errors  # passes that take different ways, or call no layers any more, cannot be compared
+                    return Recalibration(
+                        errors
+                    )  # passes that take different ways, or call no layers any more, cannot be compared
                 (path,) = paths
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
@@ -100,11 +114,11 @@ def recalibrate(
                 if entry.parameter is not None:
                     _fit_gains(branch, entry.parameter, targets, ridge)
                 stage.advance()
+            return Recalibration(errors, scale and scale.fit(smaller, passes))
         finally:
             for pair in passes:
                 for one in pair:
                     one.abandon()
-    return errors
 
 
 def _batches(tokens: Tensor) -> Sequence[Tensor]:
@@ -237,9 +251,9 @@ def _fit_gains(branch: _Branch, name: str, passes: Sequence[tuple[Tensor, _Featu
     held_back = (1 + ridge) * energy.clamp_min(torch.finfo(energy.dtype).tiny)
     tried = pull[0] / held_back[0]
     gained, spent = float((tried * pull[1]).sum()), float((tried.square() * energy[1]).sum())
-    if gained > 0:
-        change = pull.sum(0) / held_back.sum(0)
-        gains.data = (gains.double() + min(gained / spent, 1.0) * change).to(gains.dtype)
+    length = min(best_length(gained, spent), 1.0)
+    if length:
+        gains.data = (gains.double() + length * pull.sum(0) / held_back.sum(0)).to(gains.dtype)
 
 
 def _is_held_out(number: int) -> bool:

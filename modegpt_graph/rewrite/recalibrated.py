@@ -28,8 +28,9 @@ def recalibrated(
     solutions: Mapping[str, Solution],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
-) -> dict[str, Solution]:
-    """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes.
+) -> tuple[dict[str, Solution], float | None]:
+    """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes; and
+    what its logits were scaled by, None where they could not be.
 
     A consumer of several sites, which reads what they make side by side, is left as it is.
     smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
@@ -46,7 +47,7 @@ def recalibrated(
     watched = {*places, *(path for own in producers.values() for path in own)}
     before = {path: linear_at(smaller, path).weight.data for path in watched}
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
-    errors = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
+    fitted = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
     changed = {path for path, data in before.items() if linear_at(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
@@ -62,12 +63,12 @@ def recalibrated(
         if path in changed:
             refit = refit_in(linear_at(smaller, path), layout.members[role], layout, found[site])
             found[site] = replace(found[site], refits={role: refit})
-        if path in errors:
-            found[site] = replace(found[site], relative_error=errors[path])
+        if path in fitted.errors:
+            found[site] = replace(found[site], relative_error=fitted.errors[path])
         elif path in changed or found[site].relative_error is None:
             problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
             found[site] = replace(found[site], relative_error=consumer_error(problem, layout, found[site]))
-    return found
+    return found, fitted.logit_scale
 
 
 def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> dict[str, bool]:

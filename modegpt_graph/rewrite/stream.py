@@ -76,6 +76,11 @@ def slopes_of(module: nn.Module, name: str, output: Tensor) -> Tensor:
     return functional_call(module, {name: one}, (output,)) - functional_call(module, {name: none}, (output,))
 
 
+def is_shared(model: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a model has a parameter under several names."""
+    return sum(one is parameter for _, one in model.named_parameters(remove_duplicate=False)) > 1
+
+
 def _watched(
     model: nn.Module, layers: Sequence[str], consumers: Collection[str], tokens: Tensor
 ) -> tuple[list[_Layer], Counter[str]]:
@@ -161,11 +166,10 @@ def _entries_of(layer: _Layer, model: nn.Module, calls: Counter[str]) -> dict[st
 def _parameter(model: nn.Module, follower: str, output: Tensor) -> str | None:
     """Name of a parameter that a follower scales columns with, is linear in, and shares with nothing."""
     module, size = model.get_submodule(follower), output.shape[-1]
-    uses = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         branch = module(output)
         for name, parameter in module.named_parameters():
-            if parameter.shape == (size,) and uses[id(parameter)] == 1:
+            if parameter.shape == (size,) and not is_shared(model, parameter):
                 start = functional_call(module, {name: torch.zeros_like(parameter)}, (output,))
                 missed = branch - start - parameter * slopes_of(module, name, output)
                 if float(missed.norm()) < EXPLAINED * float(branch.norm()):

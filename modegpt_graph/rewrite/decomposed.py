@@ -1,6 +1,7 @@
 """A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -41,7 +42,6 @@ from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution
 
 SURGEON = {"selection": "surgeon"}
-LEFT = 0.5  # of what a site alone does to the logits, where recalibration fits most; the best of 0.35 to 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Decomposed:
     ) -> dict[str, int]:
         """Rank of every site such that `ratio` of what a budget counts goes; sites that cost nothing there stay whole.
 
-        recalibrates: whether it follows: `curves` then counts less where it makes up for what is lost.   without: ids
+        recalibrates: whether it follows: `curves` then weighs what sites do alone.   without: ids
         of sites that are left whole too.   tolerance: how far from the ratio what goes may be.
         Raises InputError where the sites cannot give it.
         """
@@ -136,8 +136,8 @@ class Decomposed:
         target = Target(self.costs.totals[budget], ratio, BUDGETS[budget], tolerance)
         if allocator == "curves":
             first = {site: {rank: self.divergences[site][rank]} for site, rank in half_ranks(self.items).items()}
-            left = {site: LEFT for site, makes_up in self.reached.items() if makes_up} if recalibrates else {}
-            ranks = curve_ranks(items, self.solvers, left, first, self._diverging, target)
+            weights = self.reached if recalibrates else {}
+            ranks = curve_ranks(items, self.solvers, weights, first, self._diverging, target)
         elif allocator == "split-influence":
             ranks = block_ranks(items, *self.blocks, self.observed.importance, target)
         elif allocator == "owl":
@@ -171,8 +171,8 @@ class Decomposed:
         return {placed.site.id: placed for alike in helped for placed in alike}
 
     @cached_property
-    def reached(self) -> Mapping[str, bool]:
-        """The sites whose consumers recalibration fits, and whether it fits two matrices and no norm follows."""
+    def reached(self) -> Mapping[str, float]:
+        """The sites whose consumers recalibration fits, and how much what they do alone then counts."""
         return reached(self.dense, self.modules, self.layers, self.tokens)
 
     @cached_property
@@ -189,12 +189,14 @@ class Decomposed:
         trials = [one.said for one in self.trials]
         if not recalibrates:
             return tuple(trials)
-        halved = sum(self.reached.values()) if allocator == "curves" else 0
-        spread = (
-            f"What sites do to the logits counts {LEFT:g} times at {halved} of {len(self.items)} when the ratio is "
-            "spread, where recalibration fits two matrices: of weights tried on the demo model, best on other text."
-        )
-        return *trials, *[spread] * bool(halved), *(one.said for one in self.looseness.values())
+        weights = Counter(self.reached.values()) if allocator == "curves" else Counter()
+        spread = [
+            f"What sites do to the logits counts {weight:g} times at {count} of {len(self.items)} when the ratio is "
+            "spread, where recalibration fits two matrices: of weights tried on real models, best on other text."
+            for weight, count in weights.items()
+            if weight != 1
+        ]
+        return *trials, *spread, *(one.said for one in self.looseness.values())
 
     def model(self, solutions: Mapping[str, Solution]) -> tuple[nn.Module, tuple[RewrittenModule, ...]]:
         """A copy of the dense model with these solutions in place, and the modules that were rewritten."""

@@ -18,7 +18,7 @@ from modegpt_graph.models import forward_logits
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
 from modegpt_graph.rewrite.stream import EXPLAINED, is_shared, slopes_of
 
-ROWS = 1024  # tokens of which the logits are compared
+ROWS = 512  # tokens of which the logits are compared
 STEP = 0.125
 
 

@@ -20,7 +20,7 @@ from modegpt_graph.rewrite.problem import Solver
 
 ALLOCATORS = ("curves", "block-influence", "split-influence", "owl", "uniform")
 TEMPERATURE = 0.15  # of the entropic allocation: on held-out text it beats what a largest layer ratio of 0.8 gives
-PROBE_WINDOWS, PROBE_WINDOW = 2, 160  # tokens that sites are measured on
+PROBE_WINDOWS, PROBE_WINDOW = 2, 128  # tokens that sites are measured on
 PROBE_LAYERS = 32  # of each kind of site
 SMOOTH = 0.25  # how far, in logarithms, layers that are interpolated may be from what their neighbours predict
 TINY = 1e-9  # nats; a smaller divergence is rounding

@@ -48,7 +48,7 @@ def test_sites_that_are_left_out_stay_whole_and_the_others_give_it_all() -> None
 
 def test_sites_with_a_producer_that_recalibration_fits_give_more_where_it_follows() -> None:
     decomposed = prepare(resolve(family("llama")), calibration=tokens()).decomposed
-    scaled = {site for site, scales in decomposed.reached.items() if scales}
+    scaled = {site for site, weight in decomposed.reached.items() if weight < 1}
     assert scaled == {item.id for item in decomposed.items if item.full_rank == 48}
     assert decomposed.reached.keys() > scaled
     alone, followed = (decomposed.ranks(0.4, recalibrates=again) for again in (False, True))
@@ -63,16 +63,19 @@ def test_sites_with_a_producer_that_recalibration_fits_give_more_where_it_follow
 def test_ranks_are_the_same_where_no_producer_is_fitted() -> None:
     decomposed = prepare(resolve(family("opt")), calibration=tokens()).decomposed
     assert decomposed.reached
-    assert not any(decomposed.reached.values())
+    assert set(decomposed.reached.values()) == {1.0}
     assert decomposed.ranks(0.4) == decomposed.ranks(0.4, recalibrates=True)
 
 
-def test_nothing_is_made_up_for_behind_a_norm() -> None:
+def test_sites_with_a_producer_that_is_fitted_give_less_behind_a_norm() -> None:
     model = build("gemma2", "cpu")
     for layer in model.model.layers:  # what a norm adds under its root is not to tell
         layer.self_attn.o_proj.weight.data *= 1e4
         layer.mlp.down_proj.weight.data *= 1e4
     ids = torch.randint(0, 24, (16, 64), generator=torch.Generator().manual_seed(0))
-    reached = prepare(resolve(model), calibration=ids, evaluating=False).decomposed.reached
-    assert len(reached) == 2 * len(model.model.layers)
-    assert not any(reached.values())
+    decomposed = prepare(resolve(model), calibration=ids, evaluating=False).decomposed
+    weights, scaled = decomposed.reached, {item.id for item in decomposed.items if item.full_rank == 48}
+    assert len(weights) == 2 * len(model.model.layers)
+    assert {site for site, weight in weights.items() if weight > 1} == scaled
+    assert all(weights[site] == 1 for site in weights.keys() - scaled)
+    assert any("counts 1.4 times" in one for one in decomposed.said("curves", recalibrates=True))

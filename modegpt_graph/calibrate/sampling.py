@@ -20,7 +20,7 @@ from modegpt_graph.progress import NullProgress, Progress
 
 Start = int | Literal["any"] | None
 ANY: Start = "any"
-OWN_WINDOW = 64
+OWN_WINDOW = 128
 FEWEST_OWN_WINDOWS = 8
 LIKELY = 0.7  # temperature of every other own window: what is asked of models is likelier text than what they draw
 

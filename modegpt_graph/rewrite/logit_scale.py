@@ -105,7 +105,7 @@ def find_logit_scale(
         with found.hooked(model, (1.0, 1.0)):
             try:
                 alone.advance()
-            except (IndexError, RuntimeError, TypeError, ValueError):
+            except Exception:  # the model's own: it counts on a row for every token
                 return None
         wanted = torch.cat([found.thinned(logits)] * 2, dim=-2)
     return found if alone.result.shape == wanted.shape and _is_near(alone.result, wanted) else None

@@ -107,12 +107,12 @@ def test_only_a_turn_ends(monkeypatch):
 
 
 def test_as_many_tokens_as_their_share():
-    text = tokens(8, 128)
-    assert own_windows(family("llama"), text, 0.5, seed=1).shape == (8, 64)
+    text = tokens(16, 128)
+    assert own_windows(family("llama"), text, 0.5, seed=1).shape == (8, 128)
 
 
 def test_none_where_they_are_few_or_dear():
-    assert own_windows(family("llama"), tokens(8, 128), 0.25, seed=1) is None
+    assert own_windows(family("llama"), tokens(16, 128), 0.25, seed=1) is None
     assert own_windows(Plain(family("llama")), tokens(64, 128), 0.5, seed=1) is None
 
 
@@ -160,5 +160,5 @@ def test_the_report_says_so(narrow):
         result = mg.compress(family("llama"), 0.3, calibration=narrow, evaluate=False, cache=False, **asked)
         said[str(asked)] = result.report.to_json()["compression"]["calibration"]
     with_own, without, paper = said.values()
-    assert with_own == "token ids as given, 64 windows of 128 tokens; 19 windows of 64 tokens that the model samples"
+    assert with_own == "token ids as given, 64 windows of 128 tokens; 9 windows of 128 tokens that the model samples"
     assert without == paper == "token ids as given, 64 windows of 128 tokens"

@@ -29,8 +29,13 @@ def divergence_slopes(wanted: Tensor, logits: Tensor, direction: Tensor) -> Tens
 
 
 def best_scale(slopes: Tensor) -> float:
-    """Where slopes (n,) at SCALES cross zero; the first or last of SCALES where they do not."""
+    """Where slopes (n,) at SCALES cross zero; the first or last of SCALES where they do not.
+
+    It is 1 where slopes do not rise: then the scale makes no difference, or they are not finite.
+    """
     found = list(zip(SCALES, slopes.tolist(), strict=True))
+    if not found[-1][1] > found[0][1]:
+        return 1.0
     if found[0][1] >= 0:
         return SCALES[0]
     for (low, below), (high, above) in pairwise(found):

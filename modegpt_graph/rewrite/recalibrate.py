@@ -99,9 +99,7 @@ def recalibrate(
             for _ in wanted:
                 paths = {one.advance() for pair in passes for one in pair}
                 if len(paths) != 1 or any("stream" not in one.state for pair in passes for one in pair):
-                    return Recalibration(
-                        errors
-                    )  # passes that take different ways, or call no layers any more, cannot be compared
+                    return Recalibration(errors)  # passes that go different ways, or call no layers, tell nothing
                 (path,) = paths
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)

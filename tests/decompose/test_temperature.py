@@ -42,4 +42,9 @@ def test_the_same_logits_keep_their_scale() -> None:
 
 @pytest.mark.parametrize(("sign", "expected"), [(1, SCALES[0]), (-1, SCALES[-1])])
 def test_no_scale_is_beyond_the_first_and_last(sign: int, expected: float) -> None:
-    assert best_scale(sign * torch.arange(1.0, 1 + len(SCALES))) == expected
+    assert best_scale(torch.linspace(0, 0.1, len(SCALES)) + sign) == expected
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(ROWS, VOCABULARY), torch.full((ROWS, VOCABULARY), torch.inf)])
+def test_logits_that_tell_nothing_keep_their_scale(logits: Tensor) -> None:
+    assert best_scale(divergence_slopes(logits, logits, logits)) == 1.0

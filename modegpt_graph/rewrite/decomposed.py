@@ -128,8 +128,8 @@ class Decomposed:
     ) -> dict[str, int]:
         """Rank of every site such that `ratio` of what a budget counts goes; sites that cost nothing there stay whole.
 
-        recalibrates: whether it follows: `curves` then weighs what sites do alone.   without: ids of
-        sites that are left whole too.   tolerance: how far from the ratio what goes may be.
+        recalibrates: whether it follows: `curves` then weighs what sites do alone.   without: ids of sites that
+        are left whole too.   tolerance: how far from the ratio what goes may be.
         Raises InputError where the sites cannot give it.
         """
         items = [item for item in self.costs.items(self.items, budget) if item.id not in without]

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from modegpt_graph.decompose.temperature import best_scale, divergence_slopes
 from modegpt_graph.models import forward_logits
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
-from modegpt_graph.rewrite.stream import EXPLAINED, is_shared, slopes_of
+from modegpt_graph.rewrite.stream import is_near, is_shared, slopes_of
 
 ROWS = 512  # tokens of which the logits are compared
 STEP = 0.125
@@ -89,9 +89,10 @@ def find_logit_scale(
 
     tokens: (1, S) for two short passes.   texts: that are to be passed.
     """
-    path, given, output, logits = _after_the_last_layer(model, layers, tokens)
-    if path is None or given is None or output is None:
+    readers, logits = _readers_of_the_last_layer(model, layers, tokens)
+    if len(readers) != 1:
         return None
+    ((path, given, output),) = readers
     module = model.get_submodule(path)
     if any(is_shared(model, one) for one in module.parameters()):
         return None
@@ -99,7 +100,7 @@ def find_logit_scale(
     found = LogitScale(path, _shares(module, given, output), stride)
     with torch.no_grad():
         twice = functional_call(module, found.scaled(module, 2.0), (given,))
-        if not _is_near(twice, 2 * output):
+        if not is_near(twice, 2 * output):
             return None
         alone = SteppedPass(lambda: forward_logits(model, tokens))
         with found.hooked(model, (1.0, 1.0)):
@@ -108,13 +109,15 @@ def find_logit_scale(
             except Exception:  # the model's own: it counts on a row for every token
                 return None
         wanted = torch.cat([found.thinned(logits)] * 2, dim=-2)
-    return found if alone.result.shape == wanted.shape and _is_near(alone.result, wanted) else None
+    return found if alone.result.shape == wanted.shape and is_near(alone.result, wanted) else None
 
 
-def _after_the_last_layer(
+def _readers_of_the_last_layer(
     model: nn.Module, layers: Sequence[str], tokens: Tensor
-) -> tuple[str | None, Tensor | None, Tensor | None, Tensor]:
-    """Path of the module that is called with the last layer's output, what it was given and returned; the logits."""
+) -> tuple[list[tuple[str, Tensor, Tensor]], Tensor]:
+    """Modules with parameters that are called with the last layer's output: path, what it was given and returned. And
+    the logits.
+    """
     last: list[Tensor] = []
     seen: list[tuple[str, Tensor, Tensor]] = []
 
@@ -139,7 +142,7 @@ def _after_the_last_layer(
     finally:
         for handle in handles:
             handle.remove()
-    return (*seen[0], logits) if len(seen) == 1 else (None, None, None, logits)
+    return seen, logits
 
 
 def _shares(module: nn.Module, given: Tensor, output: Tensor) -> dict[str, Tensor]:
@@ -153,7 +156,3 @@ def _shares(module: nn.Module, given: Tensor, output: Tensor) -> dict[str, Tenso
     columns = output.double().flatten(0, -2).T[..., None]  # (D, T, 1)
     found = torch.linalg.lstsq(slopes, columns).solution[..., 0]  # (D, parameters)
     return {name: found[:, number] for number, name in enumerate(names)}
-
-
-def _is_near(found: Tensor, wanted: Tensor) -> bool:
-    return float((found - wanted).norm()) < EXPLAINED * float(wanted.norm())

@@ -81,6 +81,11 @@ def is_shared(model: nn.Module, parameter: nn.Parameter) -> bool:
     return sum(one is parameter for _, one in model.named_parameters(remove_duplicate=False)) > 1
 
 
+def is_near(found: Tensor, wanted: Tensor) -> bool:
+    """Whether what is found differs by rounding alone."""
+    return float((found - wanted).norm()) < EXPLAINED * float(wanted.norm())
+
+
 def _watched(
     model: nn.Module, layers: Sequence[str], consumers: Collection[str], tokens: Tensor
 ) -> tuple[list[_Layer], Counter[str]]:
@@ -171,8 +176,7 @@ def _parameter(model: nn.Module, follower: str, output: Tensor) -> str | None:
         for name, parameter in module.named_parameters():
             if parameter.shape == (size,) and not is_shared(model, parameter):
                 start = functional_call(module, {name: torch.zeros_like(parameter)}, (output,))
-                missed = branch - start - parameter * slopes_of(module, name, output)
-                if float(missed.norm()) < EXPLAINED * float(branch.norm()):
+                if is_near(start + parameter * slopes_of(module, name, output), branch):
                     return name
     return None
 

@@ -81,7 +81,8 @@ def calibration_windows(
     """`windows` windows of `window` tokens, drawn by `seed` without overlap from the text of `source`.
 
     source: a text file, a hub data set by name, `self` (text that `model` samples), or token ids (windows, window).
-    The whole text is tokenised once and cut into windows; a seeded choice of them is returned in the text's order.
+    The whole text is tokenised once and cut into windows; a seeded choice of them is returned in the text's order. Each
+    begins with the special tokens that the tokenizer begins a text with, if it does.
     A text with fewer windows gives those it has; one shorter than a window gives one window of its length, from 128
     tokens on; a window longer than the model's positions is cut to them. Each is said in the description.
     Where the hub is out of reach and `model` is given, `self` takes its place and the reason is kept.
@@ -104,12 +105,12 @@ def calibration_windows(
     if len(ids) < shortest:
         raise InputError(f"the text of {source} has {len(ids):,} tokens; calibration needs {shortest} at least")
     window = min(window, len(ids))
-    available = len(ids) // window
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    chosen = order[:windows].sort().values
-    tokens = ids[: available * window].view(available, window)[chosen]
-    fewer = f"; {windows} of {asked:,} were asked for" if (available < windows or window < asked) else ""
-    start = int(ids[0]) if int(ids[0]) in getattr(tokenizer, "all_special_ids", ()) else ANY
+    begin = _begin(ids, tokenizer)
+    available = _cut(ids, window, begin)
+    order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))
+    tokens = available[order[:windows].sort().values]
+    fewer = f"; {windows} of {asked:,} were asked for" if (len(available) < windows or window < asked) else ""
+    start = int(ids[0]) if begin else ANY
     return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start, turn=_turn(tokenizer))
 
 
@@ -191,6 +192,23 @@ def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bo
         raise InputError(f"{what}{f', or use {SELF!r}' if calibrating else ' from Python'}")
     # verbose=False: the whole text is longer than the model's context by design, which the tokenizer would warn of.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _begin(ids: Tensor, tokenizer: Any) -> int:
+    """How many special tokens the tokenizer has put before the text of `ids`."""
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    return next((place for place, one in enumerate(ids.tolist()) if one not in special), 0)
+
+
+def _cut(ids: Tensor, window: int, begin: int) -> Tensor:
+    """(windows, window) of (N,) token ids, without overlap, each with the first `begin` before it where they fit.
+
+    Few models are used without the beginning that they have always seen, and they compute something else then.
+    """
+    begin = begin if begin < window else 0
+    rest, size = ids[begin:], window - begin
+    cut = rest[: len(rest) // size * size].view(-1, size)
+    return torch.cat([ids[:begin].expand(len(cut), -1), cut], dim=1)
 
 
 def _turn(tokenizer: Any) -> tuple[int, ...]:

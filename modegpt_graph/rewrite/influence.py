@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.models import forward_logits
+from modegpt_graph.models.precision import rounded_products
 from modegpt_graph.progress import NullProgress, Progress
 from modegpt_graph.rewrite.apply import rewrite
 from modegpt_graph.rewrite.solution import Solution, spread_rows, taken
@@ -29,10 +30,10 @@ def influences(
 
     The site's effect is folded into weights of the original shapes, and every run starts at the site's own layer, from
     the dense model's output of the layer before; at the first layer where layers hand one another more than their
-    output. tokens: (windows, window).
+    output. It is an estimate, of rounded products. tokens: (windows, window).
     """
     divergences: dict[str, float] = {}
-    with torch.no_grad():
+    with torch.no_grad(), rounded_products():
         with _recorded(model, layers) as recorded:
             dense = forward_logits(model, tokens).log_softmax(-1)
         expected = dense.exp()

@@ -125,6 +125,15 @@ class TestCalibrationWindows:
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
 
+    def test_every_window_begins_as_the_tokenizer_begins_a_text(self, numbers):
+        begin = torch.tensor([50_000, 50_001])
+        calibration = calibration_windows(numbers, Numbers(begin.tolist()), windows=20, window=300)
+        tokens = calibration.tokens
+        assert tokens.shape == (20, 300)
+        assert (tokens[:, :2] == begin).all()
+        assert (tokens[:, 2:].diff(dim=1) == 1).all()
+        assert tokens[:, 2:].unique().numel() == 20 * 298
+
     def test_fewer_windows_than_asked_for_is_said(self, numbers):
         calibration = calibration_windows(numbers, Numbers(), windows=32, window=1024)
         assert calibration.tokens.shape == (9, 1024)

@@ -197,7 +197,7 @@ def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bo
 def _begin(ids: Tensor, tokenizer: Any) -> int:
     """How many special tokens the tokenizer has put before the text of `ids`."""
     special = set(getattr(tokenizer, "all_special_ids", ()))
-    return next((place for place, one in enumerate(ids.tolist()) if one not in special), 0)
+    return next((place for place, one in enumerate(map(int, ids)) if one not in special), 0)
 
 
 def _cut(ids: Tensor, window: int, begin: int) -> Tensor:

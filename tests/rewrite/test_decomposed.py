@@ -9,6 +9,7 @@ import modegpt_graph as mg
 from modegpt_graph.compression import prepare
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import forward_logits, resolve
+from modegpt_graph.rewrite.scaling import find_scalings
 
 
 @pytest.mark.parametrize("allocator", ["curves", "uniform"])
@@ -74,6 +75,9 @@ def test_sites_with_a_producer_that_is_fitted_give_as_much_as_ever_behind_a_norm
         layer.mlp.down_proj.weight.data *= 1e4
     ids = torch.randint(0, 24, (16, 64), generator=torch.Generator().manual_seed(0))
     decomposed = prepare(resolve(model), calibration=ids, evaluating=False).decomposed
+    mlps = [f"model.layers.{number}.mlp" for number in range(len(model.model.layers))]
+    producers = {f"{mlp}.down_proj": [f"{mlp}.gate_proj", f"{mlp}.up_proj"] for mlp in mlps}
+    assert find_scalings(decomposed.dense, producers, ids[:1]).keys() == producers.keys()
     weights = list(decomposed.reached.values())
     assert weights == [1.0] * 2 * len(model.model.layers)
     assert not any("counts" in one for one in decomposed.said("curves", recalibrates=True))

@@ -18,7 +18,7 @@ from modegpt_graph.models import (
 )
 from modegpt_graph.progress import NullProgress, Progress
 
-Start = int | Literal["any"] | None
+Start = tuple[int, ...] | Literal["any"] | None
 ANY: Start = "any"
 OWN_WINDOW = 128
 FEWEST_OWN_WINDOWS = 8
@@ -69,8 +69,8 @@ def sample_windows(
 ) -> Tensor:
     """Seeded ancestral sampling: (windows, window) int64, all windows in one batch, at each temperature in turn.
 
-    start: the token that each window begins with; ANY for one drawn evenly; by default the model's own beginning of
-    text, else ANY.   turn: token ids that every other window of a temperature begins with instead. No end of text is
+    start: token ids that each window begins with; ANY for one drawn evenly; by default the model's own beginning of
+    text, else ANY.   turn: those that every other window of a temperature begins with instead. No end of text is
     drawn but there, where it ends a turn. A key/value cache is used where the model has one; any other is called on the
     growing prefix. The global generator is left alone.
     Raises OverflowedActivations where the model's probabilities are not finite.
@@ -86,16 +86,14 @@ def sample_windows(
 
 
 def _first_tokens(model: nn.Module, windows: int, start: Start) -> Tensor:
-    """(windows, 1) token ids to begin with."""
-    token: Any = start
+    """(windows, n ≥ 1) token ids to begin with."""
     if start is None:
         config: Any = getattr(model, "generation_config", None) or getattr(model, "config", None)
         token = getattr(config, "bos_token_id", None)
-    if isinstance(token, (list, tuple)):
-        token = token[0] if token else None
+        start = ANY if token is None else (token,) if isinstance(token, int) else tuple(token[:1])
     device = device_of(model)
-    if token is not None and token != ANY:
-        return torch.full((windows, 1), token, dtype=torch.int64, device=device)
+    if start and start != ANY:
+        return torch.tensor(start, device=device).expand(windows, -1)
     vocabulary = forward_logits(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
     return torch.randint(vocabulary, (windows, 1)).to(device)
 
@@ -109,9 +107,10 @@ def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[fl
     barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     def told(place: int, drawn: Tensor) -> Tensor:
-        return torch.where(is_turn, turn[place], drawn) if place < len(turn) else drawn
+        begun = drawn if place >= first.shape[1] else torch.where(is_turn, drawn, first[:, place, None])
+        return torch.where(is_turn, turn[place], begun) if place < len(turn) else begun
 
-    tokens, cache, keyword = told(0, first), None, _cache_keyword(model)
+    tokens, cache, keyword = told(0, first[:, :1]), None, _cache_keyword(model)
     for place in range(1, window):
         if keyword is None:
             logits = forward_logits(model, tokens)

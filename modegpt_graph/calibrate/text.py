@@ -28,7 +28,7 @@ class Calibration:
 
     tokens: (windows, window) int64.   description: what the text is, in words, for the report.
     fallback_reason: why the text is not the one that was asked for; None where it is.   is_sampled: whether the model
-    wrote it.   start: what the tokenizer begins a text with, ANY for nothing; None where that is not known.
+    wrote it.   start: token ids that the tokenizer begins a text with, ANY for none; None where that is not known.
     turn: what the tokenizer puts before what a user says; empty where it knows of no users.
     own: (windows, window) that the model wrote besides; None for none.
     """
@@ -106,11 +106,12 @@ def calibration_windows(
         raise InputError(f"the text of {source} has {len(ids):,} tokens; calibration needs {shortest} at least")
     window = min(window, len(ids))
     begin = _begin(ids, tokenizer)
+    begin = begin if begin < window else 0
     available = _cut(ids, window, begin)
     order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))
     tokens = available[order[:windows].sort().values]
     fewer = f"; {windows} of {asked:,} were asked for" if (len(available) < windows or window < asked) else ""
-    start = int(ids[0]) if begin else ANY
+    start = tuple(ids[:begin].tolist()) or ANY
     return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start, turn=_turn(tokenizer))
 
 
@@ -201,11 +202,10 @@ def _begin(ids: Tensor, tokenizer: Any) -> int:
 
 
 def _cut(ids: Tensor, window: int, begin: int) -> Tensor:
-    """(windows, window) of (N,) token ids, without overlap, each with the first `begin` before it where they fit.
+    """(windows, window) of (N,) token ids, without overlap, each with the first `begin` before it.
 
     Few models are used without the beginning that they have always seen, and they compute something else then.
     """
-    begin = begin if begin < window else 0
     rest, size = ids[begin:], window - begin
     cut = rest[: len(rest) // size * size].view(-1, size)
     return torch.cat([ids[:begin].expand(len(cut), -1), cut], dim=1)

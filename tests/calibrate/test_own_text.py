@@ -36,13 +36,17 @@ def no_grad():
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_the_cache_changes_nothing_of_what_is_written(name):
     model = family(name)
-    written = sample_windows(model, 8, 12, start=3)
-    assert torch.equal(written, sample_windows(Plain(model), 8, 12, start=3))
+    written = sample_windows(model, 8, 12, start=(3,))
+    assert torch.equal(written, sample_windows(Plain(model), 8, 12, start=(3,)))
 
 
 def test_windows_begin_as_they_are_told():
     model = family("llama")
-    assert set(sample_windows(model, 8, 3, start=5)[:, 0].tolist()) == {5}
+    assert sample_windows(model, 8, 3, start=(5, 6))[:, :2].tolist() == 8 * [[5, 6]]
+    begun = sample_windows(model, 8, 9, start=(5, 6, 8), turn=(3,))
+    assert begun[::2, :3].tolist() == 4 * [[5, 6, 8]]
+    assert set(begun[1::2, 0].tolist()) == {3}
+    assert not (begun[1::2, 1] == 6).all()
     assert len(set(sample_windows(model, 64, 3, start=ANY)[:, 0].tolist())) > 8
 
 
@@ -55,15 +59,15 @@ def test_every_other_window_is_likelier():
 
 
 def test_own_text_begins_as_the_tokenizer_begins_a_text(tmp_path):
-    """A tokenizer that puts its own token before a text; one that puts none."""
+    """A tokenizer that puts its own tokens before a text; one that puts none."""
     (tmp_path / "text.txt").write_text(" ".join(str(number % 90) for number in range(8000)))
     starts = {}
-    for special in ((7,), ()):
+    for special in ((7, 8), ()):
         tokenizer = Numbers(special)
         text = calibration_windows(tmp_path / "text.txt", tokenizer, windows=32, window=128)
-        starts[special] = text.with_own(family("llama"), 0.5, seed=1).own[:, 0]
-    assert set(starts[7,].tolist()) == {7}
-    assert len(starts[()].unique()) > 4
+        starts[special] = text.with_own(family("llama"), 0.5, seed=1).own[:, :2]
+    assert starts[7, 8].unique(dim=0).tolist() == [[7, 8]]
+    assert len(starts[()][:, 0].unique()) > 4
 
 
 class Chat(Numbers):
@@ -100,7 +104,7 @@ def test_half_of_the_own_text_of_a_chat_model_begins_as_a_turn(tmp_path, turn):
 def test_only_a_turn_ends(monkeypatch):
     model, end = family("llama"), 9
     monkeypatch.setattr(model.generation_config, "eos_token_id", end)
-    written = sample_windows(model, 64, 128, start=5, temperatures=(1.0, 1.5), turn=(3, 4))
+    written = sample_windows(model, 64, 128, start=(5,), temperatures=(1.0, 1.5), turn=(3, 4))
     ends = (written == end).any(1)
     assert not ends[torch.arange(64) // 2 % 2 == 0].any()
     assert ends.any()

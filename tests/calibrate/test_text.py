@@ -221,7 +221,7 @@ class TestSampleWindows:
         table = torch.full((4, 4), never)
         table[0, 1], table[0, 2] = torch.tensor([0.75, 0.25]).log()
         table[1, 0] = table[2, 0] = 0.0
-        tokens = sample_windows(Bigram(table), windows=400, window=9, start=0)
+        tokens = sample_windows(Bigram(table), windows=400, window=9, start=(0,))
         assert (tokens[:, ::2] == 0).all()
         # 1,600 draws: the share's standard deviation is 0.011, and five of them are allowed.
         assert (tokens[:, 1::2] == 1).double().mean().item() == pytest.approx(0.75, abs=0.055)
@@ -230,7 +230,7 @@ class TestSampleWindows:
     def test_with_the_cache_follow_the_same_distribution(self, tiny):
         model = tiny(vocab_size=8, eos_token_id=None)
         model.lm_head.weight.mul_(5)
-        tokens = sample_windows(model, windows=4000, window=3, start=0)
+        tokens = sample_windows(model, windows=4000, window=3, start=(0,))
         distribution = model(torch.tensor([[0]])).logits[0, -1].softmax(-1)
         # Every token has a share to lose, the repeated one too: settings that bend generation would take it.
         assert distribution.min() > 0.05
@@ -265,4 +265,4 @@ class TestSampleWindows:
         model = Bigram(torch.full((4, 4), float("nan"))) if plain else tiny()
         next(model.parameters()).fill_(float("nan")) if not plain else None
         with pytest.raises(ModegptError, match="non-finite probabilities"):
-            sample_windows(model, 2, 4, start=0)
+            sample_windows(model, 2, 4, start=(0,))

@@ -144,12 +144,12 @@ class Prepared:
         with clock("rewrite"), progress.stage("rewrite"):
             self.contents.restore()
             smaller, rewritten = decomposed.model(solutions)
-        contents, scale = Contents(smaller), None
+        contents, again = Contents(smaller), None
         if self.recalibrates:
             with clock("recalibrate"):
-                solutions, scale = decomposed.recalibrated(smaller, solutions)
+                solutions, again = decomposed.recalibrated(smaller, solutions)
         contents.restore()
-        return Built(smaller, rewritten, first, solutions, scale)
+        return Built(smaller, rewritten, first, solutions, again)
 
     def result(
         self,

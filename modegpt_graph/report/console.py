@@ -223,7 +223,7 @@ def _footnotes(outcome: CompressionOutcome) -> RenderableType:
     if outcome.approximation:
         lines.add_row("norms", Text(outcome.approximation))
     if outcome.choices:
-        lines.add_row("chosen", Text(" ".join(outcome.choices)))
+        lines.add_row("chosen", Text("\n".join(outcome.choices)))
     if outcome.counted:
         lines.add_row("counted", Text(outcome.counted))
     if outcome.reused:

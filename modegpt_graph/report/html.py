@@ -81,7 +81,7 @@ def _outcome(analysis: Analysis, outcome: CompressionOutcome) -> str:
     if outcome.approximation:
         notes.append(escape(outcome.approximation))
     notes += [
-        escape(" ".join(outcome.choices)),
+        "<br>".join(map(escape, outcome.choices)),
         escape(outcome.counted or ""),
         escape(f"Reused: {' '.join(outcome.reused)}" if outcome.reused else ""),
     ]

@@ -7,11 +7,13 @@ from torch import nn
 
 from modegpt_graph.calibrate.text import Calibration
 from modegpt_graph.match.site_module import SiteModule
+from modegpt_graph.report import words
 from modegpt_graph.report.outcome import CompressionOutcome, Ratios, Reduction, SiteOutcome
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.bounds import SiteBounds, site_bounds
 from modegpt_graph.rewrite.budget import cache_bytes, parameter_count, site_items, stored_bytes
 from modegpt_graph.rewrite.decomposed import Decomposed
+from modegpt_graph.rewrite.recalibrate import Recalibration
 from modegpt_graph.rewrite.solution import Solution, rank_of
 
 
@@ -20,23 +22,31 @@ class Built:
     """A smaller model.
 
     first: the solutions that the sites' solvers gave.   solutions: those in place, some of them fitted again since.
-    logit_scale: what the logits were scaled by, where that was fitted.
+    recalibration: what was fitted again, None where nothing was to be.
     """
 
     model: nn.Module
     rewritten: tuple[RewrittenModule, ...]
     first: Mapping[str, Solution]
     solutions: Mapping[str, Solution]
-    logit_scale: float | None = None
+    recalibration: Recalibration | None = None
 
     @property
     def said(self) -> tuple[str, ...]:
         """What was done beside the sites, a sentence each."""
-        if self.logit_scale is None:
+        again = self.recalibration
+        if again is None:
             return ()
-        return (
-            f"The logits are scaled by {self.logit_scale:.3f}, in the last norm: so they tell most nearly what the "
-            "dense model's do on the calibration text.",
+        fitted = (
+            f"Recalibration fitted {words.plural(again.consumers, 'consumer')}, "
+            f"{words.plural(len(again.errors), 'producer')} and {words.plural(again.norms, 'norm')} again, each "
+            "where that leaves less on calibration text held out of the fit."
+        )
+        if again.logit_scale is None:
+            return (fitted,)
+        return fitted, (
+            f"The logits are scaled by {again.logit_scale:.3f}, in the last norm: so they tell most nearly what the "
+            "dense model's do on the calibration text."
         )
 
 

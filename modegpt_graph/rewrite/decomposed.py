@@ -1,7 +1,6 @@
 """A model decomposed once: every site's solver and weight, from which ranks and models at any ratio follow."""
 
 import copy
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -36,7 +35,8 @@ from modegpt_graph.rewrite.ranks import (
     outlier_ranks,
     probe_tokens,
 )
-from modegpt_graph.rewrite.recalibrated import reached, recalibrated
+from modegpt_graph.rewrite.recalibrate import Recalibration
+from modegpt_graph.rewrite.recalibrated import LEFT, reached, recalibrated
 from modegpt_graph.rewrite.selection import Trial, try_selections
 from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution
@@ -189,14 +189,15 @@ class Decomposed:
         trials = [one.said for one in self.trials]
         if not recalibrates:
             return tuple(trials)
-        weights = Counter(self.reached.values()) if allocator == "curves" else Counter()
-        spread = [
-            f"What sites do to the logits counts {weight:g} times at {count} of {len(self.items)} when the ratio is "
+        loose = [one.said for one in self.looseness.values()]
+        less = sum(weight == LEFT for weight in self.reached.values())
+        if allocator != "curves" or not less:
+            return *trials, *loose
+        spread = (
+            f"What sites do to the logits counts {LEFT:g} times at {less} of {len(self.items)} when the ratio is "
             "spread, where recalibration fits two matrices and no norm follows: the best of 0.35 to 1 on demo."
-            for weight, count in weights.items()
-            if weight != 1
-        ]
-        return *trials, *spread, *(one.said for one in self.looseness.values())
+        )
+        return *trials, spread, *loose
 
     def model(self, solutions: Mapping[str, Solution]) -> tuple[nn.Module, tuple[RewrittenModule, ...]]:
         """A copy of the dense model with these solutions in place, and the modules that were rewritten."""
@@ -205,10 +206,8 @@ class Decomposed:
 
     def recalibrated(
         self, smaller: nn.Module, solutions: Mapping[str, Solution]
-    ) -> tuple[dict[str, Solution], float | None]:
-        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read; and
-        what its logits were scaled by.
-        """
+    ) -> tuple[dict[str, Solution], Recalibration]:
+        """The solutions after the consumers of `smaller`, changed in place, were fitted to what they really read."""
         return recalibrated(
             self.dense,
             smaller,

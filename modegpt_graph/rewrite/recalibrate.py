@@ -11,7 +11,7 @@ which they tell most nearly what the dense model's do. Nothing else changes.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,18 @@ FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative to mean diagonals; they left 
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recalibration:
-    """errors: for consumers of which a producer was fitted, the squared error of what they put out over its squared
-    norm, on the inputs that their modules have in the dense model.   logit_scale: None where it could not be fitted.
+    """What was fitted.
+
+    consumers, norms: how many of each were changed.   errors: for consumers of which a producer was, the squared error
+    of what they put out over its squared norm, on the inputs that their modules have in the dense model.   logit_scale:
+    None where it could not be fitted.
     """
 
-    errors: Mapping[str, float]
+    consumers: int = 0
+    norms: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
     logit_scale: float | None = None
 
 
@@ -79,11 +84,11 @@ def recalibrate(
     entries = stream_entries(dense, layers, consumers, texts[0][:1, :PROBE_TOKENS])
     wanted = {path for path, may_change in consumers.items() if may_change and path in entries}
     batches = [batch for tokens in texts for batch in _batches(tokens)]
+    found = Recalibration()
     if not wanted or len(batches) < 2:
-        return Recalibration({})
+        return found
     sources = {path: own for path, own in (producers or {}).items() if path in wanted}
     scalings = find_scalings(smaller, {path: own.paths for path, own in sources.items()}, texts[0][:1, :PROBE_TOKENS])
-    errors: dict[str, float] = {}
     ridge = HELD_BACK / sum(batch.numel() for batch in batches)
     scale = find_logit_scale(smaller, layers, texts[0][:1, :PROBE_TOKENS], texts)
     with (
@@ -99,20 +104,22 @@ def recalibrate(
             for _ in wanted:
                 paths = {one.advance() for pair in passes for one in pair}
                 if len(paths) != 1 or any("stream" not in one.state for pair in passes for one in pair):
-                    return Recalibration(errors)  # passes that go different ways, or call no layers, tell nothing
+                    return found  # passes that go different ways, or call no layers, tell nothing
                 (path,) = paths
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
                 targets = [(_target(*pair, entry), pair[1].state["features"]) for pair in passes]
-                _fit(branch, targets, ridge)
+                found.consumers += _fit(branch, targets, ridge)
                 calls = [call for one, _ in passes if (call := taken(one, path)) is not None]
                 known = path in scalings and len(calls) == len(passes)
                 if known and _fit_producer(branch, targets, scalings[path]):
-                    errors[path] = error_when_called(smaller.get_submodule(sources[path].module), branch.linear, calls)
+                    module = smaller.get_submodule(sources[path].module)
+                    found.errors[path] = error_when_called(module, branch.linear, calls)
                 if entry.parameter is not None:
-                    _fit_gains(branch, entry.parameter, targets, ridge)
+                    found.norms += _fit_gains(branch, entry.parameter, targets, ridge)
                 stage.advance()
-            return Recalibration(errors, scale and scale.fit(smaller, passes))
+            found.logit_scale = scale and scale.fit(smaller, passes)
+            return found
         finally:
             for pair in passes:
                 for one in pair:
@@ -188,8 +195,11 @@ class _Branch:
         return row_scales(output, branch, gains), left
 
 
-def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], ridge: float) -> None:
-    """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it."""
+def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], ridge: float) -> bool:
+    """Move a matrix towards the least-squares fit of (target, features), as far as held-out passes gain by it.
+
+    Returns whether they do.
+    """
     linear = branch.linear
     bias = linear.bias is not None
     sums = [_Sums(branch), _Sums(branch)]
@@ -203,6 +213,7 @@ def _fit(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], ridge: flo
         linear.weight.data = (linear.weight.double() + length * change.T).to(linear.weight.dtype)
         if linear.bias is not None and offset is not None:
             linear.bias.data = (linear.bias.double() + length * offset).to(linear.bias.dtype)
+    return length > 0
 
 
 def _fit_producer(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], scaling: Scaling) -> bool:
@@ -232,7 +243,7 @@ def _fit_producer(branch: _Branch, passes: Sequence[tuple[Tensor, _Features]], s
     return length > 0
 
 
-def _fit_gains(branch: _Branch, name: str, passes: Sequence[tuple[Tensor, _Features]], ridge: float) -> None:
+def _fit_gains(branch: _Branch, name: str, passes: Sequence[tuple[Tensor, _Features]], ridge: float) -> bool:
     """Move the gains of a norm, column by column, as `_fit` moves a matrix.
 
     name: of the norm's parameter.
@@ -252,6 +263,7 @@ def _fit_gains(branch: _Branch, name: str, passes: Sequence[tuple[Tensor, _Featu
     length = min(best_length(gained, spent), 1.0)
     if length:
         gains.data = (gains.double() + length * pull.sum(0) / held_back.sum(0)).to(gains.dtype)
+    return length > 0
 
 
 def _is_held_out(number: int) -> bool:

@@ -12,7 +12,7 @@ from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.apply import refit_in, rows_in
 from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.problem import consumer_error, consumer_problem
-from modegpt_graph.rewrite.recalibrate import PROBE_TOKENS, Producers, recalibrate
+from modegpt_graph.rewrite.recalibrate import PROBE_TOKENS, Producers, Recalibration, recalibrate
 from modegpt_graph.rewrite.scaling import find_scalings
 from modegpt_graph.rewrite.solution import Solution
 from modegpt_graph.rewrite.stream import stream_entries
@@ -32,9 +32,9 @@ def recalibrated(
     solutions: Mapping[str, Solution],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
-) -> tuple[dict[str, Solution], float | None]:
+) -> tuple[dict[str, Solution], Recalibration]:
     """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes; and
-    what its logits were scaled by, None where they could not be.
+    what was fitted.
 
     A consumer of several sites, which reads what they make side by side, is left as it is.
     smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
@@ -72,7 +72,7 @@ def recalibrated(
         elif path in changed or found[site].relative_error is None:
             problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
             found[site] = replace(found[site], relative_error=consumer_error(problem, layout, found[site]))
-    return found, fitted.logit_scale
+    return found, fitted
 
 
 def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor) -> dict[str, float]:

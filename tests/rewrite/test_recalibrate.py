@@ -114,8 +114,13 @@ def test_the_length_that_a_norm_gives_is_fitted() -> None:
     wrong.data = 0.5 * (1 + wrong) - 1
     before = kl_divergence(dense, smaller, tokens(1))
     only = {path: path == consumer for path in paths(dense, "o_proj", "down_proj")}
-    recalibrate(dense, smaller, layers(dense), only, [tokens()])
+    given = copy.deepcopy(smaller)
+    found = recalibrate(dense, smaller, layers(dense), only, [tokens()])
     assert kl_divergence(dense, smaller, tokens(1)) < 0.2 * before
+    weights = dict(given.named_parameters())
+    changed = {path for path, own in smaller.named_parameters() if not torch.equal(own, weights[path])}
+    assert f"{norm}.weight" in changed
+    assert (found.norms, found.consumers) == (1, f"{consumer}.weight" in changed)
 
 
 class NormedLayer(nn.Module):

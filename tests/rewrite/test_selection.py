@@ -42,8 +42,10 @@ def test_the_surgeon_chooses_where_leverage_keeps_what_nothing_reads(config: OPT
     assert (trial.measured, trial.sites) == (3, 3)
     report = found.at(0.3, "uniform").report.outcome
     assert report is not None
-    first, last = report.choices
+    first, fitted, last = report.choices
     assert first == trial.said
+    assert fitted.startswith("Recalibration fitted ")
+    assert " and 0 norms again" in fitted
     assert last.startswith("The logits are scaled by ")
     assert "chosen by the surgeon: at 3 of 3 sites" in trial.said
 

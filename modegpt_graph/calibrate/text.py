@@ -105,8 +105,7 @@ def calibration_windows(
     if len(ids) < shortest:
         raise InputError(f"the text of {source} has {len(ids):,} tokens; calibration needs {shortest} at least")
     window = min(window, len(ids))
-    begin = _begin(ids, tokenizer)
-    begin = begin if begin < window else 0
+    begin = _begin(ids[:window], tokenizer)
     available = _cut(ids, window, begin)
     order = torch.randperm(len(available), generator=torch.Generator().manual_seed(seed))
     tokens = available[order[:windows].sort().values]
@@ -196,7 +195,7 @@ def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bo
 
 
 def _begin(ids: Tensor, tokenizer: Any) -> int:
-    """How many special tokens the tokenizer has put before the text of `ids`."""
+    """How many special tokens the tokenizer has put before the text of `ids`; 0 where they are no text."""
     special = set(getattr(tokenizer, "all_special_ids", ()))
     return next((place for place, one in enumerate(map(int, ids)) if one not in special), 0)
 

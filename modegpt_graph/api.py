@@ -98,7 +98,7 @@ def compress(
     calibration: str | Path | Tensor = "wikitext2",
     preset: str = "default",
     recalibrate: bool | None = None,
-    own_text: bool = True,
+    other_text: bool = True,
     allocator: str | None = None,
     seed: int = 0,
     patterns: Iterable[str | Path] | None = None,
@@ -127,8 +127,8 @@ def compress(
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
     which costs about three more passes over the calibration text, for each ratio that a search tries; as the preset
     has it where None.
-    own_text: whether the model also samples text to calibrate on, 15 % as much as is given; other texts than that
-    suffer less then. Not with `paper`.
+    other_text: whether general text that comes with the tool is calibrated on too, half as much as is given, so that
+    other texts suffer less; where there is no tokenizer, the model samples a little. Not with `paper`.
     cache: whether what calibration found in an earlier run of the same model, text and code is used again, and long
     work is kept for later runs.
     Raises InputError for a ratio outside (0, 0.95] or that the sites cannot give, a goal that cannot be met, unknown
@@ -155,7 +155,7 @@ def compress(
         approximate_norm=approximate_norm,
         preset=preset,
         recalibrate=recalibrate,
-        own_text=own_text,
+        other_text=other_text,
         context=context,
         cache=cache,
         progress=progress,

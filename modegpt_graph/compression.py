@@ -256,7 +256,7 @@ def prepare(
     approximate_norm: bool = False,
     preset: str = "default",
     recalibrate: bool | None = None,
-    own_text: bool = True,
+    other_text: bool = True,
     context: int = CONTEXT,
     cache: bool = False,
     progress: Progress | None = None,
@@ -265,8 +265,8 @@ def prepare(
 
     windows, window: of calibration text.   evaluating: whether windows of it are held out.   of_tokens: whether some
     are held out of token ids too.   context: tokens that a token attends to where multiply-adds are counted.
-    recalibrate: whether results are recalibrated; as the preset has it where None.   own_text: whether the model also
-    samples text to calibrate on, where the preset has that.   cache: whether what calibration finds is taken from an
+    recalibrate: whether results are recalibrated; as the preset has it where None.   other_text: whether it is also
+    calibrated on general text, where the preset has that.   cache: whether what calibration finds is taken from an
     earlier run, and kept for later ones.   Raises as `compress`.
     """
     progress, clock, chosen = progress or NullProgress(), Clock(), preset_named(preset)
@@ -294,9 +294,9 @@ def prepare(
     if not modules:
         raise ModegptError(f"{source.name}: no site can be made smaller; `analyze` says why")
     sites = [placed.site.id for one in modules for placed in one.placed]
-    if own_text:
+    if other_text:
         with clock("tokens"):
-            text = text.with_own(dense, chosen.own_share, seed, progress)
+            text = text.with_other(dense, chosen.other_share, seed, progress)
     with clock("calibrate"):
         memory = Memory()
         if cache:
@@ -306,7 +306,7 @@ def prepare(
 
         def observe() -> Calibrated:
             found = run(text.tokens)
-            return found if text.own is None else found.with_own(run(text.own), sites_tried(modules))
+            return found if text.other is None else found.with_other(run(text.other), sites_tried(modules))
 
         observed = memory.calibrated(sites, observe)
     total = surveyed.survey.analysis.model.decoder_linear_parameters

@@ -36,8 +36,8 @@ from modegpt_graph.rewrite.presets import PRESETS, Preset
 
 PAPER, OURS = PRESETS["paper"], PRESETS["default"]
 ONCE = ("sample", "decompose", "allocate")
-ONE_TEXT = replace(OURS, own_share=0.0)
-REFITTED = replace(ONE_TEXT, recipe=replace(OURS.recipe, score="paper"))
+GENERAL = replace(PAPER, other_share=OURS.other_share)
+REFITTED = replace(OURS, recipe=replace(OURS.recipe, score="paper"))
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Variant:
 VARIANTS: Mapping[str, Variant] = {
     "paper-uniform": Variant("the paper's algorithms, uniform", PAPER, "uniform"),
     "paper": Variant("the paper to the letter: Block Influence", PAPER, "block-influence"),
+    "general": Variant("calibration also on general text", GENERAL, "block-influence"),
     "refits": Variant("value/output by what heads put out, biases and a ridge in refits", REFITTED, "block-influence"),
-    "greedy": Variant("query/key pairs chosen greedily", ONE_TEXT, "block-influence"),
-    "curves": Variant("allocation by error curves and measured weights", ONE_TEXT, "curves"),
-    "one-shot": Variant("calibration also on text that the model samples", OURS, "curves"),
+    "greedy": Variant("query/key pairs chosen greedily", OURS, "block-influence"),
+    "one-shot": Variant("allocation by error curves and measured weights", OURS, "curves"),
     "default": Variant("recalibration: all that is ours", OURS, "curves", recalibrates=True),
     "uniform": Variant("all that is ours, but uniform", OURS, "uniform", recalibrates=True),
 }
@@ -122,10 +122,10 @@ class Run:
         of = self.prepared.decomposed
         text, observed = self.prepared.text, of.observed
         with clock("sample"):
-            text = text.with_own(of.dense, preset.own_share, self.arguments.seed)
-            if text.own is not None:
-                own = calibrate(of.dense, of.modules, of.layers, text.own)
-                observed = observed.with_own(own, sites_tried(of.modules))
+            text = text.with_other(of.dense, preset.other_share, self.arguments.seed)
+            if text.other is not None:
+                other = calibrate(of.dense, of.modules, of.layers, text.other, value_inputs=preset.value_inputs)
+                observed = observed.with_other(other, sites_tried(of.modules))
         with clock("decompose"):
             return decompose(
                 of.dense,

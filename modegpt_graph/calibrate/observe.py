@@ -26,18 +26,18 @@ TOKENS_PER_BATCH = 4096
 class Calibrated:
     """statistics: site id → its Gram matrices.   importance: (L,) block influence of each decoder layer.
 
-    tokens: how many were run.   own: of what the model wrote itself among them, where that is kept apart too.
+    tokens: how many were run.   other: of the other text, where that is kept apart too.
     """
 
     statistics: Mapping[str, Statistics]
     importance: Tensor
     tokens: int
-    own: Mapping[str, Statistics] = field(default_factory=dict)
+    other: Mapping[str, Statistics] = field(default_factory=dict)
 
-    def with_own(self, other: "Calibrated", apart: Iterable[str]) -> "Calibrated":
+    def with_other(self, other: "Calibrated", apart: Iterable[str]) -> "Calibrated":
         """What was found on both texts, a token counting as much in one as in the other.
 
-        other: of what the model wrote itself.   apart: sites at which that is kept apart too.
+        other: of the other text.   apart: sites at which that is kept apart too.
         """
         tokens = self.tokens + other.tokens
         importance = (self.tokens * self.importance + other.tokens * other.importance) / tokens

@@ -20,14 +20,14 @@ from modegpt_graph.progress import NullProgress, Progress
 
 Start = tuple[int, ...] | Literal["any"] | None
 ANY: Start = "any"
-OWN_WINDOW = 128
+OTHER_WINDOW = 128
 FEWEST_OWN_WINDOWS = 8
 LIKELY = 0.7  # temperature of every other own window: what is asked of models is likelier text than what they draw
 
 
-def own_window(tokens: Tensor) -> int:
-    """Length of the windows that a model writes beside calibration text `tokens` (windows, window)."""
-    return min(OWN_WINDOW, tokens.shape[1])
+def other_window(tokens: Tensor) -> int:
+    """Length of the windows of text beside calibration text `tokens` (windows, window)."""
+    return min(OTHER_WINDOW, tokens.shape[1])
 
 
 def own_windows(
@@ -36,23 +36,21 @@ def own_windows(
     share: float,
     seed: int,
     start: Start = None,
-    turn: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Tensor | None:
     """What the model writes itself, `share` as many tokens as the calibration text `tokens` (windows, window) has.
 
-    start: what windows begin with, as in `sample_windows`, at two temperatures.   turn: token ids before what a user
-    says, of a chat model: half of the windows begin with it, and so hold what the model expects to be asked, and its
-    answer (Magpie, arXiv 2406.08464).   Returns (windows, window), or None where these are too few to tell of anything,
-    and for a model that does not write, or without a cache: every token would cost a pass over all before it.
+    start: what windows begin with, as in `sample_windows`, at two temperatures.   Returns (windows, window), or None
+    where these are too few to tell of anything, and for a model that does not write, or without a cache: every token
+    would cost a pass over all before it.
     """
-    window = own_window(tokens)
+    window = other_window(tokens)
     windows = int(share * tokens.numel()) // window
     if windows < FEWEST_OWN_WINDOWS or _cache_keyword(model) is None:
         return None
     try:
         with (progress or NullProgress()).stage("sample text"):
-            return sample_windows(model, windows, window, seed, start, (1.0, LIKELY), turn)
+            return sample_windows(model, windows, window, seed, start, (1.0, LIKELY))
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
 
@@ -65,21 +63,19 @@ def sample_windows(
     seed: int = 0,
     start: Start = None,
     temperatures: Sequence[float] = (1.0,),
-    turn: Sequence[int] = (),
 ) -> Tensor:
     """Seeded ancestral sampling: (windows, window) int64, all windows in one batch, at each temperature in turn.
 
     start: token ids that each window begins with; ANY for one drawn evenly; by default the model's own beginning of
-    text, else ANY.   turn: those that every other window of a temperature begins with instead. No end of text is
-    drawn but there, where it ends a turn. A key/value cache is used where the model has one; any other is called on the
-    growing prefix. The global generator is left alone.
+    text, else ANY. No end of text is drawn. A key/value cache is used where the model has one; any other is called on
+    the growing prefix. The global generator is left alone.
     Raises OverflowedActivations where the model's probabilities are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first = _first_tokens(model, windows, start)
         try:
-            return _continued(model, first, window, temperatures, turn)
+            return _continued(model, first, window, temperatures)
         except FloatingPointError:
             advice = overflow_advice(next(model.parameters()).dtype)
             raise OverflowedActivations(f"sampling from the model met non-finite probabilities; {advice}") from None
@@ -98,20 +94,14 @@ def _first_tokens(model: nn.Module, windows: int, start: Start) -> Tensor:
     return torch.randint(vocabulary, (windows, 1)).to(device)
 
 
-def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[float], turn: Sequence[int]) -> Tensor:
+def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[float]) -> Tensor:
     """One token after the other, with the model's cache where it has one."""
     row = torch.arange(len(first), device=first.device)
     divisors = torch.tensor(temperatures, device=first.device)[row % len(temperatures), None]
-    is_turn = (row // len(temperatures) % 2 == 1)[:, None] & bool(turn)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     barred = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-    def told(place: int, drawn: Tensor) -> Tensor:
-        begun = drawn if place >= first.shape[1] else torch.where(is_turn, drawn, first[:, place, None])
-        return torch.where(is_turn, turn[place], begun) if place < len(turn) else begun
-
-    tokens, cache, keyword = told(0, first[:, :1]), None, _cache_keyword(model)
-    for place in range(1, window):
+    tokens, cache, keyword = first[:, :window], None, _cache_keyword(model)
+    for _ in range(tokens.shape[1], window):
         if keyword is None:
             logits = forward_logits(model, tokens)
         else:
@@ -119,9 +109,8 @@ def _continued(model: Any, first: Tensor, window: int, temperatures: Sequence[fl
             output = model(tokens if cache is None else tokens[:, -1:], use_cache=True, **given)
             logits, cache = logits_of(output), cache_of(output)
         following = logits[:, -1].float()
-        following[:, barred] = following[:, barred].masked_fill(~is_turn, -torch.inf)
-        drawn = _drawn((following / divisors).softmax(-1))
-        tokens = torch.cat([tokens, told(place, drawn)], dim=1)
+        following[:, barred] = -torch.inf
+        tokens = torch.cat([tokens, _drawn((following / divisors).softmax(-1))], dim=1)
     return tokens.cpu()
 
 

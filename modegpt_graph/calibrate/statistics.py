@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, fx
@@ -86,9 +86,10 @@ Statistics = ConsumerStatistics | ExpertStatistics | ScoreStatistics
 
 
 def added(one: Statistics, other: Statistics) -> Statistics:
-    """What a site has on both texts; beyond Gram matrices of what it reads and scores, `one` is kept as it is."""
+    """What a site has on both texts; what `other` does not have, and beyond Gram matrices, is as in `one`."""
     if isinstance(one, ConsumerStatistics) and isinstance(other, ConsumerStatistics):
-        return replace(one, gram=one.gram + other.gram)
+        both = [field.name for field in fields(one) if hasattr(other, field.name)]
+        return replace(one, **{name: getattr(one, name) + getattr(other, name) for name in both})
     if isinstance(one, ScoreStatistics) and isinstance(other, ScoreStatistics):
         return replace(one, queries=one.queries + other.queries, keys=one.keys + other.keys)
     if isinstance(one, ExpertStatistics) and isinstance(other, ExpertStatistics):

@@ -29,7 +29,7 @@ from modegpt_graph.models.cache import cache_directory
 
 FORMAT = "modegpt-graph calibration"
 LARGEST = 4_000_000_000  # bytes of all files together
-OWN = "own "  # before a site, for what it saw of what the model wrote itself
+OTHER = "other "  # before a site, for what it saw of the other text
 LEAST_SECONDS = 5.0  # what took less is not worth a file
 KINDS = {
     kind.__name__: kind
@@ -64,11 +64,11 @@ class Store:
         metadata, tensors = read
         try:
             kinds: dict[str, str] = json.loads(metadata["kinds"])
-            if {name for name in kinds if not name.startswith(OWN)} != set(sites):
+            if {name for name in kinds if not name.startswith(OTHER)} != set(sites):
                 return None
             found = {name: _statistics(kind, name, tensors) for name, kind in kinds.items()}
-            own = {name.removeprefix(OWN): found.pop(name) for name in kinds if name.startswith(OWN)}
-            calibrated = Calibrated(found, tensors["importance"], int(metadata["tokens"]), own)
+            other = {name.removeprefix(OTHER): found.pop(name) for name in kinds if name.startswith(OTHER)}
+            calibrated = Calibrated(found, tensors["importance"], int(metadata["tokens"]), other)
             return Found(calibrated, float(metadata["seconds"]))
         except (KeyError, TypeError, ValueError, RuntimeError):
             return None
@@ -78,8 +78,8 @@ class Store:
         if seconds < LEAST_SECONDS:
             return
         tensors, kinds = {"importance": calibrated.importance}, {}
-        own = {f"{OWN}{site}": statistics for site, statistics in calibrated.own.items()}
-        for site, statistics in {**calibrated.statistics, **own}.items():
+        other = {f"{OTHER}{site}": statistics for site, statistics in calibrated.other.items()}
+        for site, statistics in {**calibrated.statistics, **other}.items():
             kinds[site] = type(statistics).__name__
             for field in dataclasses.fields(statistics):
                 value = getattr(statistics, field.name)

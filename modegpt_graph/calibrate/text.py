@@ -1,13 +1,14 @@
 """Text to windows of token ids, for calibration and for evaluation."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modegpt_graph.calibrate.sampling import ANY, Start, own_window, own_windows, sample_windows
+from modegpt_graph.calibrate.general import general_ids
+from modegpt_graph.calibrate.sampling import ANY, Start, other_window, own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of
@@ -18,7 +19,7 @@ SELF = "self"
 SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
-SAID = "what the user says"
+SAMPLED = 0.3  # of as much general text: each token that a model samples costs a pass
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
 
@@ -29,8 +30,7 @@ class Calibration:
     tokens: (windows, window) int64.   description: what the text is, in words, for the report.
     fallback_reason: why the text is not the one that was asked for; None where it is.   is_sampled: whether the model
     wrote it.   start: token ids that the tokenizer begins a text with, ANY for none; None where that is not known.
-    turn: what the tokenizer puts before what a user says; empty where it knows of no users.
-    own: (windows, window) that the model wrote besides; None for none.
+    tokenizer: that of the model; None where it has none.   other: (windows, window) of another text; None for none.
     """
 
     tokens: Tensor
@@ -38,29 +38,29 @@ class Calibration:
     fallback_reason: str | None = None
     is_sampled: bool = False
     start: Start = None
-    turn: tuple[int, ...] = ()
-    own: Tensor | None = None
+    tokenizer: Any = field(default=None, repr=False)
+    other: Tensor | None = None
 
-    def with_own(self, model: nn.Module, share: float, seed: int, progress: Progress | None = None) -> "Calibration":
-        """With `share` as many tokens more that the model samples itself; as it is where the model wrote all of it.
+    def with_other(self, model: nn.Module, share: float, seed: int, progress: Progress | None = None) -> "Calibration":
+        """With `share` as many tokens of the general text that comes with the tool.
 
-        They begin as the tokenizer begins a text: a model may never have seen another beginning, and without one the
-        same few topics come first. Half of them begin as a user's turn, where that leaves the model most of a window.
+        Where the tokenizer cannot read that, with fewer that the model samples itself, unless it wrote all there is.
         """
-        if self.is_sampled or not share:
+        general = _general(self.tokenizer, share, self.tokens) if share else None
+        if general is not None:
+            return self._beside(general, "of general text")
+        if not share or self.is_sampled:
             return self
-        turn = self.turn if 2 * len(self.turn) <= own_window(self.tokens) else ()
-        own = own_windows(model, self.tokens, share, seed, self.start, turn, progress)
-        if own is None:
-            return self
-        said = ", half of them from where a user speaks" if turn else ""
-        description = f"{self.description}; {windows_line(own)} that the model samples{said}"
-        return replace(self, own=own, description=description)
+        own = own_windows(model, self.tokens, SAMPLED * share, seed, self.start, progress)
+        return self if own is None else self._beside(own, "that the model samples")
+
+    def _beside(self, other: Tensor, what: str) -> "Calibration":
+        return replace(self, other=other, description=f"{self.description}; {windows_line(other)} {what}")
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """Token ids of all, those of the text first."""
-        return (self.tokens,) if self.own is None else (self.tokens, self.own)
+        return (self.tokens,) if self.other is None else (self.tokens, self.other)
 
 
 def check_source(source: str | Path | Tensor) -> None:
@@ -90,16 +90,16 @@ def calibration_windows(
     """
     if isinstance(source, Tensor):
         tokens = checked_tokens(source)
-        return Calibration(tokens, f"token ids as given, {windows_line(tokens)}", turn=_turn(tokenizer))
+        return Calibration(tokens, f"token ids as given, {windows_line(tokens)}", tokenizer=tokenizer)
     asked, window = window, min(window, positions_of(model) or window)
     if str(source) == SELF:
-        return _sampled(model, seed, window, fallback_reason=None)
+        return _sampled(model, tokenizer, seed, window, fallback_reason=None)
     try:
         text = read_text(source)
     except HubUnreachable as error:
         if model is None:
             raise
-        return _sampled(model, seed, window, fallback_reason=str(error))
+        return _sampled(model, tokenizer, seed, window, fallback_reason=str(error))
     ids = _tokenised(text, tokenizer, source, calibrating=True)
     shortest = min(window, SHORTEST_WINDOW)
     if len(ids) < shortest:
@@ -111,7 +111,7 @@ def calibration_windows(
     tokens = available[order[:windows].sort().values]
     fewer = f"; {windows} of {asked:,} were asked for" if (len(available) < windows or window < asked) else ""
     start = tuple(ids[:begin].tolist()) or ANY
-    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start, turn=_turn(tokenizer))
+    return Calibration(tokens, f"{source}, {windows_line(tokens)}{fewer}", start=start, tokenizer=tokenizer)
 
 
 def held_out_windows(
@@ -177,12 +177,14 @@ def checked_tokens(tokens: Tensor) -> Tensor:
     return tokens.detach().to(device="cpu", dtype=torch.int64)
 
 
-def _sampled(model: nn.Module | None, seed: int, window: int, *, fallback_reason: str | None) -> Calibration:
+def _sampled(
+    model: nn.Module | None, tokenizer: Any, seed: int, window: int, *, fallback_reason: str | None
+) -> Calibration:
     if model is None:
         raise InputError("calibration text 'self' is sampled from the model, and no model was given")
     tokens = sample_windows(model, SELF_WINDOWS, min(window, SELF_WINDOW), seed)
     description = f"text sampled from the model itself, {windows_line(tokens)}"
-    return Calibration(tokens, description, fallback_reason, is_sampled=True)
+    return Calibration(tokens, description, fallback_reason, is_sampled=True, tokenizer=tokenizer)
 
 
 def _tokenised(text: str, tokenizer: Any, source: str | Path, *, calibrating: bool) -> Tensor:
@@ -210,14 +212,18 @@ def _cut(ids: Tensor, window: int, begin: int) -> Tensor:
     return torch.cat([ids[:begin].expand(len(cut), -1), cut], dim=1)
 
 
-def _turn(tokenizer: Any) -> tuple[int, ...]:
-    """Token ids before what a user says, by the tokenizer's template of a conversation; empty where it has none."""
-    try:
-        conversation = tokenizer.apply_chat_template([{"role": "user", "content": SAID}], tokenize=False)
-        before, said, _ = conversation.partition(SAID)
-        return tuple(tokenizer(before, add_special_tokens=False)["input_ids"]) if said else ()
-    except Exception:  # a template is a program of its author's
-        return ()
+def _general(tokenizer: Any, share: float, tokens: Tensor) -> Tensor | None:
+    """(windows, window) of general text, from all over it: `share` as many tokens as `tokens` has, or what there is.
+
+    None where the tokenizer cannot read it, or that is less than a window.
+    """
+    ids = general_ids(tokenizer)
+    if ids is None:
+        return None
+    window = other_window(tokens)
+    available = _cut(ids, window, _begin(ids[:window], tokenizer))
+    count = min(int(share * tokens.numel()) // window, len(available))
+    return available[torch.linspace(0, len(available) - 1, count).round().long()] if count else None
 
 
 def windows_line(tokens: Tensor) -> str:

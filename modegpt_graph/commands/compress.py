@@ -133,13 +133,13 @@ def compress(
             show_default="recalibrate; not with --preset paper",
         ),
     ] = None,
-    own_text: Annotated[
+    other_text: Annotated[
         bool,
         typer.Option(
-            "--own-text/--no-own-text",
+            "--other-text/--no-other-text",
             rich_help_panel=options.CALIBRATION,
-            help="Also calibrate on text that the model samples itself, 15 % as much as of --calib, so that other "
-            "texts suffer less. Not with --preset paper.",
+            help="Also calibrate on general text that comes with the tool, half as much as of --calib, so that "
+            "other texts suffer less. With no tokenizer, the model samples a little instead. Not with --preset paper.",
         ),
     ] = True,
     dtype: Annotated[
@@ -211,7 +211,7 @@ def compress(
             calibration=calibration,
             preset=preset.value,
             recalibrate=recalibrate,
-            own_text=own_text,
+            other_text=other_text,
             allocator=None if allocator is None else allocator.value,
             seed=seed,
             patterns=patterns or None,

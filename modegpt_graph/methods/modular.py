@@ -30,11 +30,11 @@ def paper(setting: Setting) -> Pass:
 def _modular(setting: Setting, preset: Preset) -> Pass:
     if not setting.modules:
         raise Unavailable("no site can be made smaller; `analyze` says why")
-    text = setting.text.with_own(setting.dense, preset.own_share, setting.seed, setting.progress)
+    text = setting.text.with_other(setting.dense, preset.other_share, setting.seed, setting.progress)
     observed = setting.observed
-    if text.own is not None:
-        own = calibrate(setting.dense, setting.modules, setting.layers, text.own, setting.progress)
-        observed = observed.with_own(own, sites_tried(setting.modules))
+    if text.other is not None:
+        other = calibrate(setting.dense, setting.modules, setting.layers, text.other, setting.progress)
+        observed = observed.with_other(other, sites_tried(setting.modules))
     decomposed = decompose(
         setting.dense,
         setting.surveyed,

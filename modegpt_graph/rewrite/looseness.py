@@ -1,4 +1,4 @@
-"""Whether fits do better on other text as if features went less together: tried on what the model wrote itself.
+"""Whether fits do better on other text as if features went less together: tried on the other text.
 
 How features go together differs from text to text more than how large they are, but not in every model: in one whose
 features are few in truth, they go together whatever it reads.
@@ -22,8 +22,8 @@ SHRINKAGE = 0.5  # the best of 0.03 to 0.7 for other text
 
 @dataclass(frozen=True)
 class Looseness:
-    """One kind of site. ratio: error on the model's own text of fits to the calibration text alone, as if features went
-    less together, over that of plain fits; at half rank.
+    """One kind of site. ratio: error on the other text of fits to the calibration text alone, as if features went less
+    together, over that of plain fits; at half rank.
 
     measured: how many of `sites` sites were.
     """
@@ -44,13 +44,13 @@ class Looseness:
         start = f"as if features went together {SHRINKAGE:g} times as much" if self.helps else "as features go together"
         return (
             f"Recalibration of {self.kind[0]} starts {start}: looser fits to the calibration text err "
-            f"{self.ratio:.2f} times as much as plain ones on what the model wrote itself, at {self.measured} of "
+            f"{self.ratio:.2f} times as much as plain ones on the other text, at {self.measured} of "
             f"{self.sites} sites."
         )
 
 
 def sites_tried(modules: Sequence[SiteModule]) -> list[str]:
-    """The sites that `try_looseness` needs to have seen on the model's own text."""
+    """The sites that `try_looseness` needs to have seen on the other text."""
     return [placed.site.id for alike in kinds_of(modules, _is_consumer).values() for placed in tried(alike)]
 
 
@@ -61,26 +61,26 @@ def try_looseness(
     observed: Calibrated,
     solver: Callable[[Placed, ConsumerStatistics, float], Solver],
 ) -> Mapping[Kind, Looseness]:
-    """What is found for each kind of site; empty where the model wrote nothing.
+    """What is found for each kind of site; empty where there was one text alone.
 
     solver: from a site, its statistics and a shrinkage.
     """
     paths = {placed.site.id: one.path for one in modules for placed in one.placed}
     ranks, found = half_ranks(items), {}
     for kind, alike in kinds_of(modules, _is_consumer).items():
-        some = [placed for placed in tried(alike) if placed.site.id in observed.own]
+        some = [placed for placed in tried(alike) if placed.site.id in observed.other]
         if not some:
             continue
         lost = {0.0: 0.0, SHRINKAGE: 0.0}
         for placed in some:
             site, layout = placed.site.id, placed.footprint.layout
-            both, own = observed.statistics[site], observed.own[site]
+            both, other = observed.statistics[site], observed.other[site]
             assert isinstance(both, ConsumerStatistics)
-            assert isinstance(own, ConsumerStatistics)
+            assert isinstance(other, ConsumerStatistics)
             ((role, linear),) = placed.footprint.outline.consumers.items()
-            problem = consumer_problem(model.get_submodule(paths[site]), linear, layout, role, own.gram)
+            problem = consumer_problem(model.get_submodule(paths[site]), linear, layout, role, other.gram)
             for shrinkage in lost:
-                solution = solver(placed, replace(both, gram=both.gram - own.gram), shrinkage).solution(ranks[site])
+                solution = solver(placed, replace(both, gram=both.gram - other.gram), shrinkage).solution(ranks[site])
                 lost[shrinkage] += consumer_error(problem, layout, solution)
         plain, looser = lost.values()
         found[kind] = Looseness(kind, len(alike), len(some), looser / plain if plain > 0 else 1.0)

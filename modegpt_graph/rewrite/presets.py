@@ -20,7 +20,7 @@ class Preset:
     value_inputs: whether calibration also collects what value projections read.
     tries_selections: whether the surgeon chooses features where it does less to the logits than the recipe's leverage.
     recalibrates: whether consumers, and producers that scale, are fitted again, layer by layer, in the smaller model.
-    own_share: tokens that the model samples itself to calibrate on, for each of the calibration text. One kind of text
+    other_share: tokens of general text to calibrate on beside, for each of the calibration text. One kind of text
     shows few of a model's features at work; what is fitted to it alone is lost on others.
     """
 
@@ -30,7 +30,7 @@ class Preset:
     value_inputs: bool = False
     tries_selections: bool = False
     recalibrates: bool = False
-    own_share: float = 0.0
+    other_share: float = 0.0
 
     @property
     def how(self) -> str:
@@ -39,7 +39,7 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, own_share=0.15),
+    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, other_share=0.5),
     # The paper leaves λ open: the mean diagonal of C is the best of those tried. Refits have no ridge; one is added,
     # as small as holds, where Sᵀ C S is singular.
     # Source: MoDeGPT (arXiv 2408.09632), algorithms 1 to 3 and section 3.3.

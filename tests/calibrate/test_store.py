@@ -77,7 +77,7 @@ def test_a_damaged_or_foreign_file_is_measured_again_and_replaced(folder: Path, 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_statistics_come_back_exactly(folder: Path, name: str) -> None:
     observed = prepare(resolve(build(name, "cpu")), calibration=tokens(60), evaluating=False).decomposed.observed
-    assert observed.own
+    assert observed.other
     store = Store(folder)
     store.keep_statistics("key", observed, 7.0)
     found = store.statistics("key", observed.statistics)
@@ -85,9 +85,9 @@ def test_statistics_come_back_exactly(folder: Path, name: str) -> None:
     assert found.seconds == 7.0
     assert found.calibrated.tokens == observed.tokens
     assert torch.equal(found.calibrated.importance, observed.importance)
-    assert found.calibrated.own.keys() == observed.own.keys()
-    for site, own in [*observed.statistics.items(), *observed.own.items()]:
-        other = found.calibrated.own[site] if observed.own.get(site) is own else found.calibrated.statistics[site]
+    assert found.calibrated.other.keys() == observed.other.keys()
+    for site, own in [*observed.statistics.items(), *observed.other.items()]:
+        other = found.calibrated.other[site] if observed.other.get(site) is own else found.calibrated.statistics[site]
         assert type(own) is type(other)
         for field in dataclasses.fields(own):
             value, back = getattr(own, field.name), getattr(other, field.name)

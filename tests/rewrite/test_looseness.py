@@ -21,16 +21,16 @@ def unrelated(gram: Tensor) -> Tensor:
     return means + torch.diag((gram - means).diagonal())
 
 
-def decomposed(of_own: Callable[[Tensor], Tensor]) -> Decomposed:
-    """A model that wrote as much as it read, in which features go together as `of_own` makes of those in the text."""
+def decomposed(of_other: Callable[[Tensor], Tensor]) -> Decomposed:
+    """With as much other text, in which features go together as `of_other` makes of those in the calibration text."""
     found = prepare(resolve(family("llama with biases")), calibration=tokens(60), evaluating=False).decomposed
-    text, own = {}, {}
+    text, other = {}, {}
     for site, one in found.observed.statistics.items():
         text[site] = one
         if isinstance(one, ConsumerStatistics):
-            own[site] = ConsumerStatistics(of_own(one.gram))
-            text[site] = ConsumerStatistics(one.gram + own[site].gram)
-    return replace(found, observed=replace(found.observed, statistics=text, own=own))
+            other[site] = ConsumerStatistics(of_other(one.gram))
+            text[site] = ConsumerStatistics(one.gram + other[site].gram)
+    return replace(found, observed=replace(found.observed, statistics=text, other=other))
 
 
 def test_fits_start_looser_where_features_go_together_in_the_calibration_text_alone() -> None:
@@ -78,5 +78,5 @@ def test_the_report_says_it_of_models_that_are_recalibrated(recalibrate: bool) -
 
 
 def test_a_model_that_wrote_nothing_gives_no_reason_to_start_looser() -> None:
-    found = prepare(resolve(family("llama")), calibration=tokens(), own_text=False, evaluating=False).decomposed
+    found = prepare(resolve(family("llama")), calibration=tokens(), other_text=False, evaluating=False).decomposed
     assert found.looseness == {}

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from fixtures import library
@@ -6,6 +8,7 @@ from fixtures.tokenizer import Numbers
 from torch import nn
 
 import modegpt_graph as mg
+from modegpt_graph.calibrate.general import general_ids
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.sampling import ANY, own_windows, sample_windows
 from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics
@@ -43,10 +46,6 @@ def test_the_cache_changes_nothing_of_what_is_written(name):
 def test_windows_begin_as_they_are_told():
     model = family("llama")
     assert sample_windows(model, 8, 3, start=(5, 6))[:, :2].tolist() == 8 * [[5, 6]]
-    begun = sample_windows(model, 8, 9, start=(5, 6, 8), turn=(3,))
-    assert begun[::2, :3].tolist() == 4 * [[5, 6, 8]]
-    assert set(begun[1::2, 0].tolist()) == {3}
-    assert not (begun[1::2, 1] == 6).all()
     assert len(set(sample_windows(model, 64, 3, start=ANY)[:, 0].tolist())) > 8
 
 
@@ -58,56 +57,68 @@ def test_every_other_window_is_likelier():
     assert own[1::2].min() > own[::2].max()
 
 
-def test_own_text_begins_as_the_tokenizer_begins_a_text(tmp_path):
-    """A tokenizer that puts its own tokens before a text; one that puts none."""
+class Characters:
+    """A tokenizer of single characters, below 90; those in `unknown` are none of its own."""
+
+    all_special_ids, unk_token_id = (7, 8), 3
+
+    def __init__(self, unknown=""):
+        self.unknown = unknown
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [7, 8, *(3 if one in self.unknown else 10 + ord(one) % 80 for one in text)]}
+
+
+@pytest.fixture(params=[128, 64])
+def text(request, tmp_path):
+    """A function of a tokenizer: calibration text of 4,096 tokens."""
     (tmp_path / "text.txt").write_text(" ".join(str(number % 90) for number in range(8000)))
-    starts = {}
-    for special in ((7, 8), ()):
-        tokenizer = Numbers(special)
-        text = calibration_windows(tmp_path / "text.txt", tokenizer, windows=32, window=128)
-        starts[special] = text.with_own(family("llama"), 0.5, seed=1).own[:, :2]
-    assert starts[7, 8].unique(dim=0).tolist() == [[7, 8]]
-    assert len(starts[()][:, 0].unique()) > 4
+    window = request.param
+    return lambda tokenizer: calibration_windows(
+        tmp_path / "text.txt", tokenizer, windows=4096 // window, window=window
+    )
 
 
-class Chat(Numbers):
-    """A tokenizer with a template: a turn begins with these numbers."""
-
-    def __init__(self, turn):
-        super().__init__((7,))
-        self.turn = turn
-
-    def __call__(self, text, verbose=True, add_special_tokens=True):
-        ids = super().__call__(text)["input_ids"]
-        return {"input_ids": ids if add_special_tokens else ids[1:]}
-
-    def apply_chat_template(self, conversation, tokenize=True):
-        assert not tokenize
-        if self.turn is None:
-            raise ValueError("a template that asks for more than one turn")
-        return "".join(f"{' '.join(map(str, self.turn))} {one['content']}" for one in conversation)
+def test_general_text_begins_as_the_tokenizer_begins_a_text(text):
+    read = text(Characters())
+    other, window = read.with_other(family("llama"), 0.5, seed=1).other, read.tokens.shape[1]
+    assert other.shape == (2048 // window, window)
+    assert other[:, :2].unique(dim=0).tolist() == [[7, 8]]
 
 
-@pytest.mark.parametrize("turn", [(11, 12, 13), tuple(range(65)), None])
-def test_half_of_the_own_text_of_a_chat_model_begins_as_a_turn(tmp_path, turn):
-    """But where turns begin with more than half of a window, or the template fails."""
-    (tmp_path / "text.txt").write_text(" ".join(str(number % 90) for number in range(8000)))
-    text = calibration_windows(tmp_path / "text.txt", Chat(turn), windows=32, window=128)
-    both = text.with_own(family("llama"), 0.5, seed=1)
-    own = both.own
-    begun = (own[:, :3] == torch.tensor([11, 12, 13])).all(1)
-    assert begun.tolist() == [turn == (11, 12, 13) and row % 4 >= 2 for row in range(len(own))]
-    assert set(own[~begun, 0].tolist()) == {7}
-    assert ("half of them from where a user speaks" in both.description) == begun.any()
+def test_general_text_is_taken_from_all_over_it(text):
+    ids, read = general_ids(Characters()), text(Characters())
+    other, size = read.with_other(family("llama"), 0.5, seed=1).other, read.tokens.shape[1] - 2
+    cut = ids[2 : 2 + len(ids[2:]) // size * size].view(-1, size).tolist()
+    places = [cut.index(row) for row in other[:, 2:].tolist()]
+    steps = [after - before for before, after in pairwise(places)]
+    assert (places[0], places[-1]) == (0, len(cut) - 1)
+    assert max(steps) - min(steps) <= 1
 
 
-def test_only_a_turn_ends(monkeypatch):
-    model, end = family("llama"), 9
-    monkeypatch.setattr(model.generation_config, "eos_token_id", end)
-    written = sample_windows(model, 64, 128, start=(5,), temperatures=(1.0, 1.5), turn=(3, 4))
-    ends = (written == end).any(1)
-    assert not ends[torch.arange(64) // 2 % 2 == 0].any()
-    assert ends.any()
+def test_no_more_general_text_than_there_is(text):
+    read = text(Characters())
+    other = read.with_other(family("llama"), 1e6, seed=1).other
+    assert other.numel() <= len(general_ids(Characters())) * read.tokens.shape[1] / (read.tokens.shape[1] - 2)
+    assert len(other.unique(dim=0)) == len(other)
+
+
+@pytest.mark.parametrize("tokenizer", [Characters(unknown="e"), Numbers((7, 8)), Numbers()])
+def test_where_it_cannot_be_read_the_model_samples_a_little(text, tokenizer):
+    """A tokenizer that does not know a common letter; one that fails."""
+    read = text(tokenizer)
+    other = read.with_other(family("llama"), 2.0, seed=1)
+    assert other.other.numel() == pytest.approx(0.6 * 4096, abs=128)
+    assert other.description.endswith("that the model samples")
+    starts = other.other[:, :2].unique(dim=0)
+    assert starts.tolist() == [[7, 8]] if tokenizer.all_special_ids else len(starts) > 4
+
+
+def test_text_that_the_model_sampled_gets_general_text_beside_or_none():
+    asked = {"model": family("llama"), "windows": 32, "window": 128}
+    for tokenizer, has_other in ((Characters(), True), (None, False)):
+        read = calibration_windows("self", tokenizer, **asked).with_other(family("llama"), 0.5, seed=1)
+        assert (read.other is not None) == has_other
 
 
 def test_as_many_tokens_as_their_share():
@@ -125,10 +136,10 @@ def test_statistics_of_two_texts_are_those_of_both(build):
     model, first, second = build(), tokens(3, 16, seed=1), tokens(5, 16, seed=2)
     surveyed = survey_model(resolve(model), read_patterns())
     modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
-    own = calibrate(model, modules, layers, second)
-    site = next(iter(own.statistics))
-    found = calibrate(model, modules, layers, first).with_own(own, [site])
-    assert found.own == {site: own.statistics[site]}
+    other = calibrate(model, modules, layers, second)
+    site = next(iter(other.statistics))
+    found = calibrate(model, modules, layers, first).with_other(other, [site])
+    assert found.other == {site: other.statistics[site]}
     whole = calibrate(model, modules, layers, torch.cat([first, second]))
     assert found.tokens == whole.tokens
     torch.testing.assert_close(found.importance, whole.importance)
@@ -154,15 +165,17 @@ def test_other_texts_suffer_less(narrow):
     model = family("llama")
     asked = {"calibration": narrow, "evaluate": False, "recalibrate": False, "cache": False, "allocator": "uniform"}
     written = sample_windows(model, 32, 32, seed=5)
-    losses = [compare(model, mg.compress(model, 0.4, own_text=own, **asked).model, written).kl for own in (True, False)]
+    losses = [
+        compare(model, mg.compress(model, 0.4, other_text=other, **asked).model, written).kl for other in (True, False)
+    ]
     assert losses[0] < 0.9 * losses[1]
 
 
 def test_the_report_says_so(narrow):
     said = {}
-    for asked in ({}, {"own_text": False}, {"preset": "paper"}):
+    for asked in ({}, {"other_text": False}, {"preset": "paper"}):
         result = mg.compress(family("llama"), 0.3, calibration=narrow, evaluate=False, cache=False, **asked)
         said[str(asked)] = result.report.to_json()["compression"]["calibration"]
-    with_own, without, paper = said.values()
-    assert with_own == "token ids as given, 64 windows of 128 tokens; 9 windows of 128 tokens that the model samples"
+    with_other, without, paper = said.values()
+    assert with_other == "token ids as given, 64 windows of 128 tokens; 9 windows of 128 tokens that the model samples"
     assert without == paper == "token ids as given, 64 windows of 128 tokens"

@@ -19,7 +19,7 @@ SELF = "self"
 SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
-SAMPLED = 0.3  # of as much general text: each token that a model samples costs a pass
+SAMPLED = 0.4  # of as much general text: each token that a model samples costs a pass
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
 

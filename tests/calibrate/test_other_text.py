@@ -108,7 +108,7 @@ def test_where_it_cannot_be_read_the_model_samples_a_little(text, tokenizer):
     """A tokenizer that does not know a common letter; one that fails."""
     read = text(tokenizer)
     other = read.with_other(family("llama"), 2.0, seed=1)
-    assert other.other.numel() == pytest.approx(0.6 * 4096, abs=128)
+    assert other.other.numel() == pytest.approx(0.8 * 4096, abs=128)
     assert other.description.endswith("that the model samples")
     starts = other.other[:, :2].unique(dim=0)
     assert starts.tolist() == [[7, 8]] if tokenizer.all_special_ids else len(starts) > 4
@@ -177,5 +177,5 @@ def test_the_report_says_so(narrow):
         result = mg.compress(family("llama"), 0.3, calibration=narrow, evaluate=False, cache=False, **asked)
         said[str(asked)] = result.report.to_json()["compression"]["calibration"]
     with_other, without, paper = said.values()
-    assert with_other == "token ids as given, 64 windows of 128 tokens; 9 windows of 128 tokens that the model samples"
+    assert with_other == "token ids as given, 64 windows of 128 tokens; 8 windows of 128 tokens that the model samples"
     assert without == paper == "token ids as given, 64 windows of 128 tokens"

@@ -21,7 +21,7 @@ from modegpt_graph.progress import NullProgress, Progress
 Start = tuple[int, ...] | Literal["any"] | None
 ANY: Start = "any"
 OTHER_WINDOW = 128
-FEWEST_OWN_WINDOWS = 8
+FEWEST = 8  # windows of other text
 LIKELY = 0.7  # temperature of every other own window: what is asked of models is likelier text than what they draw
 
 
@@ -46,7 +46,7 @@ def own_windows(
     """
     window = other_window(tokens)
     windows = int(share * tokens.numel()) // window
-    if windows < FEWEST_OWN_WINDOWS or _cache_keyword(model) is None:
+    if windows < FEWEST or _cache_keyword(model) is None:
         return None
     try:
         with (progress or NullProgress()).stage("sample text"):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.general import general_ids
-from modegpt_graph.calibrate.sampling import ANY, Start, other_window, own_windows, sample_windows
+from modegpt_graph.calibrate.sampling import ANY, FEWEST, Start, other_window, own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
-from modegpt_graph.models import HubUnreachable, positions_of
+from modegpt_graph.models import HubUnreachable, positions_of, vocabulary_of
 from modegpt_graph.progress import Progress
 
 SELF = "self"
@@ -46,13 +46,25 @@ class Calibration:
 
         Where the tokenizer cannot read that, with fewer that the model samples itself, unless it wrote all there is.
         """
-        general = _general(self.tokenizer, share, self.tokens) if share else None
+        general = self._general(model, share) if share and self.tokenizer is not None else None
         if general is not None:
             return self._beside(general, "of general text")
         if not share or self.is_sampled:
             return self
         own = own_windows(model, self.tokens, SAMPLED * share, seed, self.start, progress)
         return self if own is None else self._beside(own, "that the model samples")
+
+    def _general(self, model: nn.Module, share: float) -> Tensor | None:
+        """(windows, window) from all over the general text: `share` as many tokens as there are, or what it has.
+
+        None where the tokenizer cannot read it, and where these are too few to tell of anything.
+        """
+        ids, window = general_ids(self.tokenizer, vocabulary_of(model)), other_window(self.tokens)
+        if ids is None:
+            return None
+        available = _cut(ids, window, _begin(ids[:window], self.tokenizer))
+        count = min(int(share * self.tokens.numel()) // window, len(available))
+        return available[torch.linspace(0, len(available) - 1, count).round().long()] if count >= FEWEST else None
 
     def _beside(self, other: Tensor, what: str) -> "Calibration":
         return replace(self, other=other, description=f"{self.description}; {windows_line(other)} {what}")
@@ -210,20 +222,6 @@ def _cut(ids: Tensor, window: int, begin: int) -> Tensor:
     rest, size = ids[begin:], window - begin
     cut = rest[: len(rest) // size * size].view(-1, size)
     return torch.cat([ids[:begin].expand(len(cut), -1), cut], dim=1)
-
-
-def _general(tokenizer: Any, share: float, tokens: Tensor) -> Tensor | None:
-    """(windows, window) of general text, from all over it: `share` as many tokens as `tokens` has, or what there is.
-
-    None where the tokenizer cannot read it, or that is less than a window.
-    """
-    ids = general_ids(tokenizer)
-    if ids is None:
-        return None
-    window = other_window(tokens)
-    available = _cut(ids, window, _begin(ids[:window], tokenizer))
-    count = min(int(share * tokens.numel()) // window, len(available))
-    return available[torch.linspace(0, len(available) - 1, count).round().long()] if count else None
 
 
 def windows_line(tokens: Tensor) -> str:

@@ -1,3 +1,4 @@
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -131,16 +132,18 @@ def test_none_where_they_are_few_or_dear():
     assert own_windows(Plain(family("llama")), tokens(64, 128), 0.5, seed=1) is None
 
 
+@pytest.mark.parametrize("value_inputs", [False, True])
 @pytest.mark.parametrize("build", [lambda: family("llama"), lambda: library.build("mixtral", "cpu")])
-def test_statistics_of_two_texts_are_those_of_both(build):
+def test_statistics_of_two_texts_are_those_of_both(build, value_inputs):
     model, first, second = build(), tokens(3, 16, seed=1), tokens(5, 16, seed=2)
     surveyed = survey_model(resolve(model), read_patterns())
     modules, layers = surveyed.modules(), decoder_layers(surveyed.trace)
-    other = calibrate(model, modules, layers, second)
+    run = partial(calibrate, model, modules, layers, value_inputs=value_inputs)
+    other = run(second)
     site = next(iter(other.statistics))
-    found = calibrate(model, modules, layers, first).with_other(other, [site])
+    found = run(first).with_other(other, [site])
     assert found.other == {site: other.statistics[site]}
-    whole = calibrate(model, modules, layers, torch.cat([first, second]))
+    whole = run(torch.cat([first, second]))
     assert found.tokens == whole.tokens
     torch.testing.assert_close(found.importance, whole.importance)
     for site, expected in whole.statistics.items():
@@ -150,7 +153,7 @@ def test_statistics_of_two_texts_are_those_of_both(build):
         elif isinstance(expected, ExpertStatistics):
             pairs = list(zip(one.grams, expected.grams, strict=True))
         else:
-            pairs = [(one.gram, expected.gram)]
+            pairs = [(getattr(one, name), sums) for name, sums in vars(expected).items()]
         for sums, wanted in pairs:
             torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-5)
 

@@ -46,10 +46,12 @@ class Calibration:
 
         Where the tokenizer cannot read that, with fewer that the model samples itself, unless it wrote all there is.
         """
-        general = self._general(model, share) if share and self.tokenizer is not None else None
+        if not share:
+            return self
+        general = None if self.tokenizer is None else self._general(model, share)
         if general is not None:
             return self._beside(general, "of general text")
-        if not share or self.is_sampled:
+        if self.is_sampled:
             return self
         own = own_windows(model, self.tokens, SAMPLED * share, seed, self.start, progress)
         return self if own is None else self._beside(own, "that the model samples")

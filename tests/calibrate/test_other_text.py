@@ -58,6 +58,15 @@ def test_every_other_window_is_likelier():
     assert own[1::2].min() > own[::2].max()
 
 
+def test_no_text_ends(monkeypatch):
+    model, end = family("llama"), 9
+    free = sample_windows(model, 64, 128, start=(5,), temperatures=(1.0, 1.5))
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+    written = sample_windows(model, 64, 128, start=(5,), temperatures=(1.0, 1.5))
+    assert (free == end).any()
+    assert not (written == end).any()
+
+
 class Characters:
     """A tokenizer of single characters, below 60; those in `unknown` are none of its own."""
 

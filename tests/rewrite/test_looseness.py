@@ -77,6 +77,6 @@ def test_the_report_says_it_of_models_that_are_recalibrated(recalibrate: bool) -
     assert sum(said.startswith("Recalibration of") for said in outcome.choices) == 2 * recalibrate
 
 
-def test_a_model_that_wrote_nothing_gives_no_reason_to_start_looser() -> None:
+def test_one_text_alone_gives_no_reason_to_start_looser() -> None:
     found = prepare(resolve(family("llama")), calibration=tokens(), other_text=False, evaluating=False).decomposed
     assert found.looseness == {}

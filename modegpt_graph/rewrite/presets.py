@@ -39,7 +39,7 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, other_share=0.35),
+    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, other_share=0.5),
     # The paper leaves λ open: the mean diagonal of C is the best of those tried. Refits have no ridge; one is added,
     # as small as holds, where Sᵀ C S is singular.
     # Source: MoDeGPT (arXiv 2408.09632), algorithms 1 to 3 and section 3.3.

@@ -34,6 +34,7 @@ TOKENS_PER_PASS = 4096
 PASSES = (4, 16)  # at least and at most, where there are as many windows
 HELD_OUT = 4  # every fourth pass is left out of the fit that finds the length of the step
 PROBE_TOKENS = 64
+ERROR_TOKENS = 8192  # on which errors are measured, about: on all of a long text that takes a quarter of a pass over it
 FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative to mean diagonals; they left least of other text's error
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
 
@@ -43,8 +44,8 @@ class Recalibration:
     """What was fitted.
 
     consumers, norms: how many of each were changed.   errors: for consumers of which a producer was, the squared error
-    of what they put out over its squared norm, on the inputs that their modules have in the dense model.   logit_scale:
-    None where it could not be fitted.
+    of what they put out over its squared norm, on the inputs that their modules have in the dense model; of a long text
+    on passes from all over it.   logit_scale: None where it could not be fitted.
     """
 
     consumers: int = 0
@@ -89,7 +90,8 @@ def recalibrate(
         return found
     sources = {path: own for path, own in (producers or {}).items() if path in wanted}
     scalings = find_scalings(smaller, {path: own.paths for path, own in sources.items()}, texts[0][:1, :PROBE_TOKENS])
-    ridge = HELD_BACK / sum(batch.numel() for batch in batches)
+    tokens = sum(batch.numel() for batch in batches)
+    ridge, stride = HELD_BACK / tokens, max(tokens // ERROR_TOKENS, 1)
     scale = find_logit_scale(smaller, layers, texts[0][:1, :PROBE_TOKENS], texts)
     with (
         (progress or NullProgress()).stage("recalibrate", len(wanted)) as stage,
@@ -114,7 +116,7 @@ def recalibrate(
                 known = path in scalings and len(calls) == len(passes)
                 if known and _fit_producer(branch, targets, scalings[path]):
                     module = smaller.get_submodule(sources[path].module)
-                    found.errors[path] = error_when_called(module, branch.linear, calls)
+                    found.errors[path] = error_when_called(module, branch.linear, calls[::stride])
                 if entry.parameter is not None:
                     found.norms += _fit_gains(branch, entry.parameter, targets, ridge)
                 stage.advance()

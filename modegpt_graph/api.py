@@ -127,7 +127,7 @@ def compress(
     recalibrate: whether the smaller model's layers are fitted again one after the other, on what each really reads,
     which costs about three more passes over the calibration text, for each ratio that a search tries; as the preset
     has it where None.
-    other_text: whether general text that comes with the tool is calibrated on too, 35 % as much as is given, so that
+    other_text: whether general text that comes with the tool is calibrated on too, half as much as is given, so that
     other texts suffer less; where there is no tokenizer, the model samples a little. Not with `paper`.
     cache: whether what calibration found in an earlier run of the same model, text and code is used again, and long
     work is kept for later runs.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.memory import Memory
-from modegpt_graph.calibrate.observe import Calibrated, calibrate
+from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.store import Store, run_key
 from modegpt_graph.calibrate.text import Calibration, held_out_windows, windows_line
 from modegpt_graph.errors import InputError, ModegptError
@@ -31,7 +31,7 @@ from modegpt_graph.report.words import plural
 from modegpt_graph.rewrite.apply import RewrittenModule
 from modegpt_graph.rewrite.costs import BUDGETS, CONTEXT, count_costs
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
-from modegpt_graph.rewrite.looseness import sites_tried
+from modegpt_graph.rewrite.looseness import observed_beside
 from modegpt_graph.rewrite.presets import PRESETS, preset_named
 from modegpt_graph.rewrite.ranks import ALLOCATORS
 from modegpt_graph.rewrite.solution import Solution
@@ -303,12 +303,7 @@ def prepare(
             told = (sites, chosen.value_inputs, approximate_norm, dtype)
             memory = Memory(Store.default(), run_key(dense, str(surveyed.trace.graph), text.parts, *told))
         run = partial(calibrate, dense, modules, layers, progress=progress, value_inputs=chosen.value_inputs)
-
-        def observe() -> Calibrated:
-            found = run(text.tokens)
-            return found if text.other is None else found.with_other(run(text.other), sites_tried(modules))
-
-        observed = memory.calibrated(sites, observe)
+        observed = memory.calibrated(sites, lambda: observed_beside(run(text.tokens), text.other, modules, run))
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):
         costs = count_costs(dense, modules, surveyed.trace, total, context)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from modegpt_graph.evaluate.tasks import accuracies
 from modegpt_graph.models import forward_logits, positions_of, resolve
 from modegpt_graph.progress import Clock
 from modegpt_graph.rewrite.decomposed import Decomposed, decompose
-from modegpt_graph.rewrite.looseness import sites_tried
+from modegpt_graph.rewrite.looseness import observed_beside
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 
 PAPER, OURS = PRESETS["paper"], PRESETS["default"]
@@ -120,12 +121,10 @@ class Run:
 
     def _decomposed(self, preset: Preset, clock: Clock) -> Decomposed:
         of = self.prepared.decomposed
-        text, observed = self.prepared.text, of.observed
+        run = partial(calibrate, of.dense, of.modules, of.layers, value_inputs=preset.value_inputs)
         with clock("sample"):
-            text = text.with_other(of.dense, preset.other_share, self.arguments.seed)
-            if text.other is not None:
-                other = calibrate(of.dense, of.modules, of.layers, text.other, value_inputs=preset.value_inputs)
-                observed = observed.with_other(other, sites_tried(of.modules))
+            text = self.prepared.text.with_other(of.dense, preset.other_share, self.arguments.seed)
+            observed = observed_beside(of.observed, text.other, of.modules, run)
         with clock("decompose"):
             return decompose(
                 of.dense,

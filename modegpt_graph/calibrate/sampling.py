@@ -20,33 +20,17 @@ from modegpt_graph.progress import NullProgress, Progress
 
 Start = tuple[int, ...] | Literal["any"] | None
 ANY: Start = "any"
-OTHER_WINDOW = 128
-FEWEST = 8  # windows of other text
 LIKELY = 0.7  # temperature of every other own window: what is asked of models is likelier text than what they draw
 
 
-def other_window(tokens: Tensor) -> int:
-    """Length of the windows of text beside calibration text `tokens` (windows, window)."""
-    return min(OTHER_WINDOW, tokens.shape[1])
-
-
 def own_windows(
-    model: nn.Module,
-    tokens: Tensor,
-    share: float,
-    seed: int,
-    start: Start = None,
-    progress: Progress | None = None,
+    model: nn.Module, windows: int, window: int, seed: int, start: Start = None, progress: Progress | None = None
 ) -> Tensor | None:
-    """What the model writes itself, `share` as many tokens as the calibration text `tokens` (windows, window) has.
+    """What the model writes itself, at two temperatures: as `sample_windows`.
 
-    start: what windows begin with, as in `sample_windows`, at two temperatures.   Returns (windows, window), or None
-    where these are too few to tell of anything, and for a model that does not write, or without a cache: every token
-    would cost a pass over all before it.
+    None for a model that does not write, or without a cache: every token would cost a pass over all before it.
     """
-    window = other_window(tokens)
-    windows = int(share * tokens.numel()) // window
-    if windows < FEWEST or _cache_keyword(model) is None:
+    if _cache_keyword(model) is None:
         return None
     try:
         with (progress or NullProgress()).stage("sample text"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.general import general_ids
-from modegpt_graph.calibrate.sampling import ANY, FEWEST, Start, other_window, own_windows, sample_windows
+from modegpt_graph.calibrate.sampling import ANY, Start, own_windows, sample_windows
 from modegpt_graph.calibrate.sources import check_text, read_text
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import HubUnreachable, positions_of, vocabulary_of
@@ -19,6 +19,8 @@ SELF = "self"
 SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
+OTHER_WINDOW = 128
+FEWEST = 8  # windows of other text: fewer tell of nothing
 SAMPLED = 0.4  # of as much general text: each token that a model samples costs a pass
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
 
@@ -46,27 +48,30 @@ class Calibration:
 
         Where the tokenizer cannot read that, with fewer that the model samples itself, unless it wrote all there is.
         """
-        if not share:
-            return self
-        general = None if self.tokenizer is None else self._general(model, share)
+        general = self._general(model, *self._size(share))
         if general is not None:
             return self._beside(general, "of general text")
-        if self.is_sampled:
+        windows, window = self._size(SAMPLED * share)
+        if self.is_sampled or not windows:
             return self
-        own = own_windows(model, self.tokens, SAMPLED * share, seed, self.start, progress)
+        own = own_windows(model, windows, window, seed, self.start, progress)
         return self if own is None else self._beside(own, "that the model samples")
 
-    def _general(self, model: nn.Module, share: float) -> Tensor | None:
-        """(windows, window) from all over the general text: `share` as many tokens as there are, or what it has.
+    def _size(self, share: float) -> tuple[int, int]:
+        """Windows of other text, `share` as many tokens as there are, or none where these are too few; their length."""
+        window = min(OTHER_WINDOW, self.tokens.shape[1])
+        windows = int(share * self.tokens.numel()) // window
+        return windows if windows >= FEWEST else 0, window
 
-        None where the tokenizer cannot read it, and where these are too few to tell of anything.
-        """
-        ids, window = general_ids(self.tokenizer, vocabulary_of(model)), other_window(self.tokens)
+    def _general(self, model: nn.Module, windows: int, window: int) -> Tensor | None:
+        """So many windows from all over the general text, or what it has; None where the tokenizer cannot read it."""
+        if self.tokenizer is None or not windows:
+            return None
+        ids = general_ids(self.tokenizer, vocabulary_of(model))
         if ids is None:
             return None
         available = _cut(ids, window, _begin(ids[:window], self.tokenizer))
-        count = min(int(share * self.tokens.numel()) // window, len(available))
-        return available[torch.linspace(0, len(available) - 1, count).round().long()] if count >= FEWEST else None
+        return available[torch.linspace(0, len(available) - 1, min(windows, len(available))).round().long()]
 
     def _beside(self, other: Tensor, what: str) -> "Calibration":
         return replace(self, other=other, description=f"{self.description}; {windows_line(other)} {what}")

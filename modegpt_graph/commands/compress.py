@@ -138,7 +138,7 @@ def compress(
         typer.Option(
             "--other-text/--no-other-text",
             rich_help_panel=options.CALIBRATION,
-            help="Also calibrate on general text that comes with the tool, 35 % as much as of --calib, so that "
+            help="Also calibrate on general text that comes with the tool, half as much as of --calib, so that "
             "other texts suffer less. With no tokenizer, the model samples a little instead. Not with --preset paper.",
         ),
     ] = True,

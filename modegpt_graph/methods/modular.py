@@ -1,12 +1,13 @@
 """Modular decomposition: what `compress` does, and the paper to the letter."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.methods.common import Pass, Setting, Smaller, Unavailable
 from modegpt_graph.rewrite.costs import count_costs
 from modegpt_graph.rewrite.decomposed import decompose
-from modegpt_graph.rewrite.looseness import sites_tried
+from modegpt_graph.rewrite.looseness import observed_beside
 from modegpt_graph.rewrite.presets import PRESETS, Preset
 
 METHOD_PRESETS: Mapping[str, str] = {"ours": "default", "paper": "paper"}
@@ -31,16 +32,13 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
     if not setting.modules:
         raise Unavailable("no site can be made smaller; `analyze` says why")
     text = setting.text.with_other(setting.dense, preset.other_share, setting.seed, setting.progress)
-    observed = setting.observed
-    if text.other is not None:
-        other = calibrate(setting.dense, setting.modules, setting.layers, text.other, setting.progress)
-        observed = observed.with_other(other, sites_tried(setting.modules))
+    run = partial(calibrate, setting.dense, setting.modules, setting.layers, progress=setting.progress)
     decomposed = decompose(
         setting.dense,
         setting.surveyed,
         setting.modules,
         setting.layers,
-        observed,
+        observed_beside(setting.observed, text.other, setting.modules, run),
         text.parts,
         count_costs(setting.dense, setting.modules, setting.surveyed.trace, setting.total),
         preset=preset,

@@ -76,10 +76,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """How many token ids a model reads: the rows of its input embedding, which the library's models name."""
+    """How many token ids a model reads: the rows of its input embedding, which the library's models name.
+
+    As many as it writes where it has no such module.
+    """
     table = model.get_input_embeddings() if can_generate(model) else None  # type: ignore[operator]
     if not isinstance(table, nn.Embedding):
-        table = next(part for part in model.modules() if isinstance(part, nn.Embedding))
+        table = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
+    if table is None:
+        with torch.no_grad():
+            return forward_logits(model, torch.zeros(1, 1, dtype=torch.int64)).shape[-1]
     return table.num_embeddings
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from modegpt_graph.calibrate.text import Calibration
+from modegpt_graph.match.reasons import listed
 from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.report import words
 from modegpt_graph.report.outcome import CompressionOutcome, Ratios, Reduction, SiteOutcome
@@ -37,11 +38,10 @@ class Built:
         again = self.recalibration
         if again is None:
             return ()
-        fitted = (
-            f"Recalibration fitted {words.plural(again.consumers, 'consumer')}, "
-            f"{words.plural(len(again.errors), 'producer')} and {words.plural(again.norms, 'norm')} again, each "
-            "where that leaves less on calibration text held out of the fit."
-        )
+        counts = {"consumer": again.consumers, "producer": len(again.errors), "norm": again.norms}
+        named = [words.plural(count, noun) for noun, count in counts.items() if count]
+        what = f"{listed(named)} again, each where that leaves" if named else "nothing again: nowhere would that leave"
+        fitted = f"Recalibration fitted {what} less on calibration text held out of the fit."
         if again.logit_scale is None:
             return (fitted,)
         return fitted, (

@@ -7,7 +7,7 @@ features are few in truth, they go together whatever it reads.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from modegpt_graph.allocate.budget import Item
 from modegpt_graph.calibrate.observe import Calibrated
@@ -49,9 +49,16 @@ class Looseness:
         )
 
 
-def sites_tried(modules: Sequence[SiteModule]) -> list[str]:
-    """The sites that `try_looseness` needs to have seen on the other text."""
-    return [placed.site.id for alike in kinds_of(modules, _is_consumer).values() for placed in tried(alike)]
+def observed_beside(
+    observed: Calibrated, other: Tensor | None, modules: Sequence[SiteModule], run: Callable[[Tensor], Calibrated]
+) -> Calibrated:
+    """What was observed on the calibration text and on another, if there is one: apart too at the sites that
+    `try_looseness` tries.
+    """
+    if other is None:
+        return observed
+    sites = [placed.site.id for alike in kinds_of(modules, _is_consumer).values() for placed in tried(alike)]
+    return observed.with_other(run(other), sites)
 
 
 def try_looseness(

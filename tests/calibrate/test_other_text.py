@@ -131,14 +131,26 @@ def test_text_that_the_model_sampled_gets_general_text_beside_or_none():
         assert (read.other is not None) == has_other
 
 
-def test_as_many_tokens_as_their_share():
-    text = tokens(16, 128)
-    assert own_windows(family("llama"), text, 0.5, seed=1).shape == (8, 128)
+class Table(nn.Module):
+    """A model whose embedding is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(60, 4))
+
+    def forward(self, tokens):
+        return self.table[tokens] @ self.table.T
 
 
-def test_none_where_they_are_few_or_dear():
-    assert own_windows(family("llama"), tokens(16, 128), 0.25, seed=1) is None
-    assert own_windows(Plain(family("llama")), tokens(64, 128), 0.5, seed=1) is None
+def test_general_text_is_read_by_a_model_without_an_embedding_module(text):
+    assert text(Characters()).with_other(Table(), 0.5, seed=1).other.numel() == 2048
+
+
+def test_none_where_they_are_few_or_dear(text):
+    read = text(Characters())
+    assert read.with_other(family("llama"), 7.9 * read.tokens.shape[1] / 4096, seed=1) is read
+    assert own_windows(family("llama"), 8, 16, seed=1).shape == (8, 16)
+    assert own_windows(Plain(family("llama")), 8, 16, seed=1) is None
 
 
 @pytest.mark.parametrize("value_inputs", [False, True])
@@ -189,5 +201,5 @@ def test_the_report_says_so(narrow):
         result = mg.compress(family("llama"), 0.3, calibration=narrow, evaluate=False, cache=False, **asked)
         said[str(asked)] = result.report.to_json()["compression"]["calibration"]
     with_other, without, paper = said.values()
-    assert with_other == "token ids as given, 64 windows of 128 tokens; 8 windows of 128 tokens that the model samples"
+    assert with_other == "token ids as given, 64 windows of 128 tokens; 12 windows of 128 tokens that the model samples"
     assert without == paper == "token ids as given, 64 windows of 128 tokens"

@@ -220,6 +220,17 @@ def test_errors_after_recalibration_are_those_of_the_new_matrices(name: str) -> 
     assert moved
 
 
+def test_errors_on_a_long_text_are_measured_on_passes_from_all_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (WINDOWS * WINDOW, WINDOWS * WINDOW // 2):
+        monkeypatch.setattr("modegpt_graph.rewrite.recalibrate.ERROR_TOKENS", most)
+        result = mg.compress(family("llama"), 0.5, calibration=tokens(), evaluate=False, allocator="uniform")
+        sites = result.report.outcome.sites  # type: ignore[union-attr]
+        found.append(torch.tensor([site.relative_error for site in sites if ".mlp" in site.id]))
+    assert bool((found[0] != found[1]).all())
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.0)
+
+
 def test_recalibration_is_closer_to_the_dense_model_on_other_text() -> None:
     dense = family("llama")
     closer = mg.compress(dense, 0.5, calibration=tokens(), evaluate=False, allocator="uniform")

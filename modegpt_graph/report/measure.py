@@ -38,7 +38,7 @@ class Built:
         again = self.recalibration
         if again is None:
             return ()
-        counts = {"consumer": again.consumers, "producer": len(again.errors), "norm": again.norms}
+        counts = {"consumer": len(again.consumers), "producer": len(again.producers), "norm": again.norms}
         named = [words.plural(count, noun) for noun, count in counts.items() if count]
         what = f"{listed(named)} again, each where that leaves" if named else "nothing again: nowhere would that leave"
         fitted = f"Recalibration fitted {what} less on calibration text held out of the fit."

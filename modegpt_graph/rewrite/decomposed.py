@@ -195,7 +195,7 @@ class Decomposed:
             return *trials, *loose
         spread = (
             f"What sites do to the logits counts {LEFT:g} times at {less} of {len(self.items)} when the ratio is "
-            "spread, where recalibration fits two matrices and no norm follows: the best of 0.35 to 1 on demo."
+            "spread: where recalibration fits two matrices and no norm follows, it makes up for more."
         )
         return *trials, spread, *loose
 

@@ -43,12 +43,14 @@ SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fit
 class Recalibration:
     """What was fitted.
 
-    consumers, norms: how many of each were changed.   errors: for consumers of which a producer was, the squared error
-    of what they put out over its squared norm, on the inputs that their modules have in the dense model; of a long text
-    on passes from all over it.   logit_scale: None where it could not be fitted.
+    consumers: that were changed.   producers: consumer → the one of its producers that was.   norms: how many were.
+    errors: for the consumers of these producers, the squared error of what they put out over its squared norm, on the
+    inputs that their modules have in the dense model; of a long text on passes from all over it.   logit_scale: None
+    where it could not be fitted.
     """
 
-    consumers: int = 0
+    consumers: set[str] = field(default_factory=set)
+    producers: dict[str, str] = field(default_factory=dict)
     norms: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     logit_scale: float | None = None
@@ -111,10 +113,12 @@ def recalibrate(
                 entry = entries[path]
                 branch = _Branch(smaller, path, entry)
                 targets = [(_target(*pair, entry), pair[1].state["features"]) for pair in passes]
-                found.consumers += _fit(branch, targets, ridge)
+                if _fit(branch, targets, ridge):
+                    found.consumers.add(path)
                 calls = [call for one, _ in passes if (call := taken(one, path)) is not None]
                 known = path in scalings and len(calls) == len(passes)
                 if known and _fit_producer(branch, targets, scalings[path]):
+                    found.producers[path] = scalings[path].path
                     module = smaller.get_submodule(sources[path].module)
                     found.errors[path] = error_when_called(module, branch.linear, calls[::stride])
                 if entry.parameter is not None:

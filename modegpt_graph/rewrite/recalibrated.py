@@ -48,28 +48,25 @@ def recalibrated(
         for path, may in may_change.items()
         if may and _is_alone(places[path][0], modules)
     }
-    watched = {*places, *(path for own in producers.values() for path in own)}
-    before = {path: linear_at(smaller, path).weight.data for path in watched}
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
     fitted = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
-    changed = {path for path, data in before.items() if linear_at(smaller, path).weight.data_ptr() != data.data_ptr()}
     found = dict(solutions)
     for path, (one, placed) in places.items():
         layout, site = placed.footprint.layout, placed.site.id
-        for producer, members in producers.get(path, {}).items():
-            if producer in changed:
-                rows = rows_in(linear_at(smaller, producer), members, layout, found[site])
-                found[site] = replace(found[site], rows={**found[site].rows, **rows})
+        if path in fitted.producers:
+            producer = fitted.producers[path]
+            rows = rows_in(linear_at(smaller, producer), producers[path][producer], layout, found[site])
+            found[site] = replace(found[site], rows={**found[site].rows, **rows})
         own = statistics[site]
         if site not in found or not isinstance(own, ConsumerStatistics):
             continue
         ((role, product),) = placed.footprint.outline.consumers.items()
-        if path in changed:
+        if path in fitted.consumers:
             refit = refit_in(linear_at(smaller, path), layout.members[role], layout, found[site])
             found[site] = replace(found[site], refits={role: refit})
         if path in fitted.errors:
             found[site] = replace(found[site], relative_error=fitted.errors[path])
-        elif path in changed or found[site].relative_error is None:
+        elif path in fitted.consumers or found[site].relative_error is None:
             problem = consumer_problem(dense.get_submodule(one.path), product, layout, role, own.gram)
             found[site] = replace(found[site], relative_error=consumer_error(problem, layout, found[site]))
     return found, fitted

@@ -120,7 +120,7 @@ def test_the_length_that_a_norm_gives_is_fitted() -> None:
     weights = dict(given.named_parameters())
     changed = {path for path, own in smaller.named_parameters() if not torch.equal(own, weights[path])}
     assert f"{norm}.weight" in changed
-    assert (found.norms, found.consumers) == (1, f"{consumer}.weight" in changed)
+    assert (found.norms, consumer in found.consumers) == (1, f"{consumer}.weight" in changed)
 
 
 class NormedLayer(nn.Module):

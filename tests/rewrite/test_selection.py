@@ -45,7 +45,7 @@ def test_the_surgeon_chooses_where_leverage_keeps_what_nothing_reads(config: OPT
     first, fitted, last = report.choices
     assert first == trial.said
     assert fitted.startswith("Recalibration fitted ")
-    assert " 0 " not in fitted
+    assert "norm" not in fitted
     assert last.startswith("The logits are scaled by ")
     assert "chosen by the surgeon: at 3 of 3 sites" in trial.said
 

@@ -36,7 +36,7 @@ from modegpt_graph.rewrite.ranks import (
     probe_tokens,
 )
 from modegpt_graph.rewrite.recalibrate import Recalibration
-from modegpt_graph.rewrite.recalibrated import LEFT, reached, recalibrated
+from modegpt_graph.rewrite.recalibrated import reached, recalibrated
 from modegpt_graph.rewrite.selection import Trial, try_selections
 from modegpt_graph.rewrite.shrunk import ShrunkSolver
 from modegpt_graph.rewrite.solution import Solution
@@ -190,12 +190,13 @@ class Decomposed:
         if not recalibrates:
             return tuple(trials)
         loose = [one.said for one in self.looseness.values()]
-        less = sum(weight == LEFT for weight in self.reached.values())
+        less = [weight for weight in self.reached.values() if weight < 1]
         if allocator != "curves" or not less:
             return *trials, *loose
         spread = (
-            f"What sites do to the logits counts {LEFT:g} times at {less} of {len(self.items)} when the ratio is "
-            "spread: where recalibration fits two matrices and no norm follows, it makes up for more."
+            f"What sites do to the logits counts {min(less):.2f} to {max(less):.2f} times, the more the deeper they "
+            f"lie, at {len(less)} of {len(self.items)} when the ratio is spread: where recalibration fits two matrices "
+            "and no norm follows, it makes up for more, and later layers for what early ones lose."
         )
         return *trials, spread, *loose
 

@@ -1,5 +1,7 @@
 """One decomposition serves every ratio: asking for one changes nothing for the next."""
 
+import math
+
 import pytest
 import torch
 from fixtures.families import family, tokens
@@ -9,6 +11,7 @@ import modegpt_graph as mg
 from modegpt_graph.compression import prepare
 from modegpt_graph.errors import InputError
 from modegpt_graph.models import forward_logits, resolve
+from modegpt_graph.rewrite.recalibrated import DEEPER, LEFT
 from modegpt_graph.rewrite.scaling import find_scalings
 
 
@@ -55,7 +58,10 @@ def test_sites_with_a_producer_that_recalibration_fits_give_more_where_it_follow
     alone, followed = (decomposed.ranks(0.4, recalibrates=again) for again in (False, True))
     assert sum(followed[site] for site in scaled) < sum(alone[site] for site in scaled)
     assert decomposed.removed(followed) / decomposed.total == pytest.approx(0.4, abs=0.005)
-    said = "counts 0.5 times at 2 of 6"
+    weights = [decomposed.reached[item.id] for item in decomposed.items if item.id in scaled]
+    assert weights[1] / weights[0] == pytest.approx(math.exp(DEEPER))
+    assert math.prod(weights) ** 0.5 == pytest.approx(LEFT)
+    said = f"{weights[0]:.2f} to {weights[1]:.2f} times, the more the deeper they lie, at 2 of 6"
     assert sum(said in one for one in decomposed.said("curves", recalibrates=True)) == 1
     assert not any(said in one for one in decomposed.said("uniform", recalibrates=True))
     assert not any(said in one for one in decomposed.said("curves", recalibrates=False))

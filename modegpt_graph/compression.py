@@ -14,6 +14,7 @@ from modegpt_graph import checkpoint
 from modegpt_graph.calibrate.memory import Memory
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.store import Store, run_key
+from modegpt_graph.calibrate.stream import followed_consumers
 from modegpt_graph.calibrate.text import Calibration, held_out_windows, windows_line
 from modegpt_graph.errors import InputError, ModegptError
 from modegpt_graph.evaluate import compare
@@ -300,9 +301,18 @@ def prepare(
     with clock("calibrate"):
         memory = Memory()
         if cache:
-            told = (sites, chosen.value_inputs, approximate_norm, dtype)
+            told = (sites, chosen.value_inputs, chosen.weighs_tokens, approximate_norm, dtype)
             memory = Memory(Store.default(), run_key(dense, str(surveyed.trace.graph), text.parts, *told))
-        run = partial(calibrate, dense, modules, layers, progress=progress, value_inputs=chosen.value_inputs)
+        followed = followed_consumers(dense, modules, layers, text.tokens) if chosen.weighs_tokens else {}
+        run = partial(
+            calibrate,
+            dense,
+            modules,
+            layers,
+            progress=progress,
+            value_inputs=chosen.value_inputs,
+            followed=followed,
+        )
         observed = memory.calibrated(sites, lambda: observed_beside(run(text.tokens), text.other, modules, run))
     total = surveyed.survey.analysis.model.decoder_linear_parameters
     with clock("decompose"):

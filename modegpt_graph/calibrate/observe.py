@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from modegpt_graph.calibrate.inputs import ValueCollector, reads_one_value
 from modegpt_graph.calibrate.norms import NormCollector
-from modegpt_graph.calibrate.statistics import Collector, Statistics, added, collector
+from modegpt_graph.calibrate.statistics import Collector, Statistics, added, collector, exact
+from modegpt_graph.calibrate.stream import Entry, follower_scales
 from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
 from modegpt_graph.codegen.join import joined, names_in, prefix_of
@@ -26,13 +29,15 @@ TOKENS_PER_BATCH = 4096
 class Calibrated:
     """statistics: site id → its Gram matrices.   importance: (L,) block influence of each decoder layer.
 
-    tokens: how many were run.   other: of the other text, where that is kept apart too.
+    tokens: how many were run.   other: of the other text, where that is kept apart too.   followed: consumers at which
+    tokens count as a norm that follows scales them.
     """
 
     statistics: Mapping[str, Statistics]
     importance: Tensor
     tokens: int
     other: Mapping[str, Statistics] = field(default_factory=dict)
+    followed: int = 0
 
     def with_other(self, other: "Calibrated", apart: Iterable[str]) -> "Calibrated":
         """What was found on both texts, a token counting as much in one as in the other.
@@ -42,7 +47,8 @@ class Calibrated:
         tokens = self.tokens + other.tokens
         importance = (self.tokens * self.importance + other.tokens * other.importance) / tokens
         statistics = {site: added(one, other.statistics[site]) for site, one in self.statistics.items()}
-        return Calibrated(statistics, importance, tokens, {site: other.statistics[site] for site in apart})
+        alone = {site: other.statistics[site] for site in apart}
+        return replace(self, statistics=statistics, importance=importance, tokens=tokens, other=alone)
 
 
 class _Finished(Exception):
@@ -57,12 +63,15 @@ def calibrate(
     progress: Progress | None = None,
     *,
     value_inputs: bool = False,
+    followed: Mapping[str, Entry] = MappingProxyType({}),
 ) -> Calibrated:
     """Stream calibration tokens through `model` once and collect what every site needs.
 
     tokens: (windows, window).   layers: paths of the decoder layers. The pass ends at the last layer: the logits, a
     fifth of a small model's work, are not computed.
     value_inputs: whether the Gram matrix of what value projections read is collected too, for algorithm 3 of the paper.
+    followed: consumer → how it enters the stream, of those that a norm follows. Tokens count there as it scales them,
+    so that sums are of what enters the stream.
     Raises OverflowedActivations where a site sees values that are not finite.
     """
     collectors: dict[str, Collector] = {}
@@ -71,7 +80,7 @@ def calibrate(
     stages = progress or NullProgress()
     with (
         torch.no_grad(),
-        _observed(model, modules, collectors, value_inputs),
+        _observed(model, modules, collectors, value_inputs, followed),
         _influence(model, layers, similarity),
         stages.stage("calibrate", len(tokens)) as stage,
     ):
@@ -84,12 +93,16 @@ def calibrate(
     except OverflowedActivations as error:
         raise OverflowedActivations(f"{error}; {overflow_advice(next(model.parameters()).dtype)}") from None
     importance = 1 - torch.stack(similarity) / tokens.numel()
-    return Calibrated(statistics, importance, tokens.numel())
+    return Calibrated(statistics, importance, tokens.numel(), followed=len(followed))
 
 
 @contextmanager
 def _observed(
-    model: nn.Module, modules: Sequence[SiteModule], collectors: dict[str, Collector], value_inputs: bool
+    model: nn.Module,
+    modules: Sequence[SiteModule],
+    collectors: dict[str, Collector],
+    value_inputs: bool,
+    followed: Mapping[str, Entry],
 ) -> Iterator[None]:
     """Within this context every site hands what its features are, where they are consumed, to its collector.
 
@@ -107,8 +120,12 @@ def _observed(
                 for name, node in observer.nodes.items():
                     reader = observer.readers.get(name)
                     path = None if reader is None else projection_module(one, reader)
+                    entry = followed.get(f"{one.path}.{path}" if one.path else path or "")
                     if path is None:
                         within[f"{site}/{name}"] = node
+                    elif entry is not None:
+                        hook = _weighed_hook(model, entry, partial(observer.add, name))
+                        handles.append(module.get_submodule(path).register_forward_hook(hook))
                     else:
                         hook = _input_hook(observer, name)
                         handles.append(module.get_submodule(path).register_forward_pre_hook(hook))
@@ -150,6 +167,17 @@ def _collector(placed: Placed, value_inputs: bool) -> Collector:
 def _input_hook(observer: Collector, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         observer.add(name, inputs[0])
+
+    return observe
+
+
+def _weighed_hook(
+    model: nn.Module, entry: Entry, add: Callable[[Tensor], None]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Hands on what a consumer reads, each token times what the norm that follows scales its output with."""
+
+    def observe(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        add(exact(inputs[0]).flatten(0, -2) * follower_scales(model, entry, output))
 
     return observe
 

@@ -68,7 +68,8 @@ class Store:
                 return None
             found = {name: _statistics(kind, name, tensors) for name, kind in kinds.items()}
             other = {name.removeprefix(OTHER): found.pop(name) for name in kinds if name.startswith(OTHER)}
-            calibrated = Calibrated(found, tensors["importance"], int(metadata["tokens"]), other)
+            tokens, followed = int(metadata["tokens"]), int(metadata["followed"])
+            calibrated = Calibrated(found, tensors["importance"], tokens, other, followed)
             return Found(calibrated, float(metadata["seconds"]))
         except (KeyError, TypeError, ValueError, RuntimeError):
             return None
@@ -86,7 +87,8 @@ class Store:
                 parts = value if isinstance(value, tuple) else () if value is None else (value,)
                 for number, part in enumerate(parts):
                     tensors |= _packed(f"{site}\n{field.name}\n{number}", part)
-        self._write(key, tensors, {"kinds": json.dumps(kinds), "tokens": str(calibrated.tokens)}, seconds)
+        metadata = {"kinds": json.dumps(kinds), "tokens": str(calibrated.tokens), "followed": str(calibrated.followed)}
+        self._write(key, tensors, metadata, seconds)
 
     def numbers(self, key: str, names: Iterable[str]) -> tuple[dict[str, float], float] | None:
         """Numbers that were kept under `key` for exactly these names, and the seconds they took."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 
 from modegpt_graph.calibrate.observe import calibrate
+from modegpt_graph.calibrate.stream import followed_consumers
 from modegpt_graph.methods.common import Pass, Setting, Smaller, Unavailable
 from modegpt_graph.rewrite.costs import count_costs
 from modegpt_graph.rewrite.decomposed import decompose
@@ -32,13 +33,16 @@ def _modular(setting: Setting, preset: Preset) -> Pass:
     if not setting.modules:
         raise Unavailable("no site can be made smaller; `analyze` says why")
     text = setting.text.with_other(setting.dense, preset.other_share, setting.seed, setting.progress)
-    run = partial(calibrate, setting.dense, setting.modules, setting.layers, progress=setting.progress)
+    model = setting.dense, setting.modules, setting.layers
+    followed = followed_consumers(*model, text.tokens) if preset.weighs_tokens else {}
+    run = partial(calibrate, *model, progress=setting.progress, followed=followed)
+    observed = run(text.tokens) if followed else setting.observed
     decomposed = decompose(
         setting.dense,
         setting.surveyed,
         setting.modules,
         setting.layers,
-        observed_beside(setting.observed, text.other, setting.modules, run),
+        observed_beside(observed, text.other, setting.modules, run),
         text.parts,
         count_costs(setting.dense, setting.modules, setting.surveyed.trace, setting.total),
         preset=preset,

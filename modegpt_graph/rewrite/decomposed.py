@@ -187,6 +187,11 @@ class Decomposed:
     def said(self, allocator: str, *, recalibrates: bool) -> tuple[str, ...]:
         """How it was chosen what to do, a sentence each."""
         trials = [one.said for one in self.trials]
+        if self.observed.followed:
+            trials.append(
+                f"At {self.observed.followed} of {len(self.items)} sites a norm follows, and tokens count as it scales "
+                "them: features are chosen and fitted for what enters the stream, and errors are of that."
+            )
         if not recalibrates:
             return tuple(trials)
         loose = [one.said for one in self.looseness.values()]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from modegpt_graph.calibrate.stream import is_near, is_shared, slopes_of
 from modegpt_graph.decompose.temperature import best_scale, divergence_slopes
 from modegpt_graph.models import forward_logits
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
-from modegpt_graph.rewrite.stream import is_near, is_shared, slopes_of
 
 ROWS = 512  # tokens of which the logits are compared
 STEP = 0.125

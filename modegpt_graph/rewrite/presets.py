@@ -18,6 +18,7 @@ class Preset:
     """recipe, solver: how sites are decomposed.   allocator: how the ratio is spread unless another is asked for.
 
     value_inputs: whether calibration also collects what value projections read.
+    weighs_tokens: whether tokens count as a norm that follows a consumer scales what that puts out.
     tries_selections: whether the surgeon chooses features where it does less to the logits than the recipe's leverage.
     recalibrates: whether consumers, and producers that scale, are fitted again, layer by layer, in the smaller model.
     other_share: tokens of general text to calibrate on beside, for each of the calibration text. One kind of text
@@ -28,6 +29,7 @@ class Preset:
     allocator: str
     solver: Callable[[Placed, nn.Module, Statistics, Recipe], Solver] = solver
     value_inputs: bool = False
+    weighs_tokens: bool = False
     tries_selections: bool = False
     recalibrates: bool = False
     other_share: float = 0.0
@@ -39,7 +41,9 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset(Recipe(), "curves", tries_selections=True, recalibrates=True, other_share=0.5),
+    "default": Preset(
+        Recipe(), "curves", weighs_tokens=True, tries_selections=True, recalibrates=True, other_share=0.5
+    ),
     # The paper leaves λ open: the mean diagonal of C is the best of those tried. Refits have no ridge; one is added,
     # as small as holds, where Sᵀ C S is singular.
     # Source: MoDeGPT (arXiv 2408.09632), algorithms 1 to 3 and section 3.3.

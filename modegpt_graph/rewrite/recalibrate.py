@@ -12,12 +12,22 @@ which they tell most nearly what the dense model's do. Nothing else changes.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from modegpt_graph.calibrate.statistics import Gram, exact
+from modegpt_graph.calibrate.stream import (
+    PROBE_TOKENS,
+    Entry,
+    follower_scales,
+    layer_input,
+    row_scales,
+    slopes_of,
+    stream_entries,
+)
 from modegpt_graph.decompose.correction import best_length, correction, step_length
 from modegpt_graph.decompose.scaled import ScaledRows, scaled_direction, scaled_step_length
 from modegpt_graph.models import forward_logits
@@ -27,13 +37,11 @@ from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
 from modegpt_graph.rewrite.logit_scale import STEP, find_logit_scale
 from modegpt_graph.rewrite.recorded import error_when_called, recorded, taken
 from modegpt_graph.rewrite.scaling import Scaling, find_scalings, with_ones
-from modegpt_graph.rewrite.stream import Entry, layer_input, row_scales, slopes_of, stream_entries
 
 HELD_BACK = 376  # tokens, as if each feature had come alone in so many, with nothing to correct; 0.01 of 37,632
 TOKENS_PER_PASS = 4096
 PASSES = (4, 16)  # at least and at most, where there are as many windows
 HELD_OUT = 4  # every fourth pass is left out of the fit that finds the length of the step
-PROBE_TOKENS = 64
 ERROR_TOKENS = 8192  # on which errors are measured, about: on all of a long text that takes a quarter of a pass over it
 FEATURE_RIDGE, INPUT_RIDGE = 1.0, 0.01  # relative to mean diagonals; they left least of other text's error
 SMALLEST_GAIN = 1e-3  # of the largest; what hardly enters the stream is not fitted
@@ -120,7 +128,8 @@ def recalibrate(
                 if known and _fit_producer(branch, targets, scalings[path]):
                     found.producers[path] = scalings[path].path
                     module = smaller.get_submodule(sources[path].module)
-                    found.errors[path] = error_when_called(module, branch.linear, calls[::stride])
+                    scales = partial(follower_scales, dense, entry) if entry.follower else None
+                    found.errors[path] = error_when_called(module, branch.linear, calls[::stride], scales)
                 if entry.parameter is not None:
                     found.norms += _fit_gains(branch, entry.parameter, targets, ridge)
                 stage.advance()

@@ -8,16 +8,16 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from modegpt_graph.calibrate.statistics import ConsumerStatistics, Statistics
-from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
+from modegpt_graph.calibrate.stream import PROBE_TOKENS, stream_entries
+from modegpt_graph.match.consumers import consumer_places, linear_path
+from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.progress import Progress
 from modegpt_graph.rewrite.apply import refit_in, rows_in
 from modegpt_graph.rewrite.linears import linear_at
 from modegpt_graph.rewrite.problem import consumer_error, consumer_problem
-from modegpt_graph.rewrite.recalibrate import PROBE_TOKENS, Producers, Recalibration, recalibrate
+from modegpt_graph.rewrite.recalibrate import Producers, Recalibration, recalibrate
 from modegpt_graph.rewrite.scaling import find_scalings
 from modegpt_graph.rewrite.solution import Solution
-from modegpt_graph.rewrite.stream import stream_entries
-from modegpt_graph.trace.linear import Linear
 
 # How much what a site alone does to the logits counts where recalibration fits two matrices and no norm follows: the
 # best of 0.35 to 1 on the demo model. Where one does, 1 was the best of 0.5 to 2 on Gemma 3 270M.
@@ -45,7 +45,7 @@ def recalibrated(
     smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
     sites have in the dense model, as all errors are.
     """
-    places = _places(smaller, modules)
+    places = consumer_places(smaller, modules)
     alone = _with_consumers_of_their_own(modules)
     may_change = {path: placed.site.id in alone & solutions.keys() for path, (_, placed) in places.items()}
     producers = {
@@ -82,7 +82,11 @@ def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[st
 
     tokens: (windows, window).
     """
-    some, alone, places = tokens[:1, :PROBE_TOKENS], _with_consumers_of_their_own(modules), _places(dense, modules)
+    some, alone, places = (
+        tokens[:1, :PROBE_TOKENS],
+        _with_consumers_of_their_own(modules),
+        consumer_places(dense, modules),
+    )
     entries = stream_entries(dense, layers, places, some)
     found = {path: places[path] for path in entries if places[path][1].site.id in alone}
     sources = {path: list(_producers(dense, *place)) for path, place in found.items() if _is_alone(place[0], modules)}
@@ -120,26 +124,7 @@ def _producers(smaller: nn.Module, one: SiteModule, placed: Placed) -> dict[str,
     """Path of each producer that is a linear module → role → (G, g, d) its rows there."""
     found: dict[str, dict[str, Tensor]] = {}
     for role, product in placed.footprint.outline.producers.items():
-        path = _linear_path(smaller, one, product)
+        path = linear_path(smaller, one, product)
         if path is not None:
             found.setdefault(path, {})[role] = placed.footprint.layout.members[role]
     return found
-
-
-def _places(smaller: nn.Module, modules: Sequence[SiteModule]) -> dict[str, tuple[SiteModule, Placed]]:
-    """Path of each consumer that is a linear module in the smaller model → its site."""
-    places = {}
-    for one in modules:
-        for placed in one.placed:
-            for product in placed.footprint.outline.consumers.values():
-                path = _linear_path(smaller, one, product)
-                if path is not None and product.experts is None:
-                    places[path] = (one, placed)
-    return places
-
-
-def _linear_path(smaller: nn.Module, one: SiteModule, product: Linear) -> str | None:
-    """Of the `nn.Linear` in the smaller model that does nothing but this product; None where there is none."""
-    inner = projection_module(one, product)
-    path = ".".join(filter(None, (one.path, inner))) if inner is not None else None
-    return path if path is not None and type(smaller.get_submodule(path)) is nn.Linear else None

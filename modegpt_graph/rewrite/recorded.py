@@ -1,6 +1,6 @@
 """How modules of a dense model are called, and how far a smaller model's are from it when they are called the same."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,8 +57,13 @@ def taken(one: SteppedPass, path: str) -> Call | None:
     return one.state.pop(("call", path), None)
 
 
-def error_when_called(module: nn.Module, consumer: nn.Module, calls: Sequence[Call]) -> float:
-    """Squared error over squared norm of what a smaller model's consumer puts out, when its module is called so."""
+def error_when_called(
+    module: nn.Module, consumer: nn.Module, calls: Sequence[Call], scales: Callable[[Tensor], Tensor] | None = None
+) -> float:
+    """Squared error over squared norm of what a smaller model's consumer puts out, when its module is called so.
+
+    scales: from what it should put out, (…, D), to (T, 1) what its rows count; all the same where None.
+    """
     found: list[Tensor] = []
 
     def answered(_: nn.Module, args: tuple, output: Tensor) -> None:
@@ -71,9 +76,11 @@ def error_when_called(module: nn.Module, consumer: nn.Module, calls: Sequence[Ca
             assert call.output is not None
             with torch.no_grad():
                 module(*call.args, **call.kwargs)
-            expected = exact(call.output)
-            lost += float((exact(found.pop()) - expected).square().sum(dtype=torch.float64))
-            size += float(expected.square().sum(dtype=torch.float64))
+                scale = 1.0 if scales is None else scales(call.output)
+            expected = exact(call.output).flatten(0, -2)
+            missed = exact(found.pop()).flatten(0, -2) - expected
+            lost += float((missed * scale).square().sum(dtype=torch.float64))
+            size += float((expected * scale).square().sum(dtype=torch.float64))
     finally:
         handle.remove()
     return lost / size if size else 0.0

@@ -11,12 +11,12 @@ from fixtures.rebuilt import rebuilt
 from torch import nn
 
 import modegpt_graph as mg
+from modegpt_graph.calibrate.stream import stream_entries
 from modegpt_graph.compression import prepare
 from modegpt_graph.evaluate import kl_divergence
 from modegpt_graph.models import forward_logits, resolve
 from modegpt_graph.rewrite.lockstep import SteppedPass, current_pass
 from modegpt_graph.rewrite.recalibrate import recalibrate
-from modegpt_graph.rewrite.stream import stream_entries
 
 WINDOWS, WINDOW = 16, 64
 

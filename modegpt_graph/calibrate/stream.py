@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from modegpt_graph.calibrate.statistics import exact
+from modegpt_graph.match.consumers import consumer_places
+from modegpt_graph.match.site_module import SiteModule
 from modegpt_graph.models import forward_logits
 
 EXPLAINED = 0.02  # of a layer's change may be left over; bfloat16 rounds a sum of a few terms by less
 SCALE_ROUNDS = 10
+PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,14 @@ def stream_entries(
     return entries
 
 
+def followed_consumers(
+    model: nn.Module, modules: Sequence[SiteModule], layers: Sequence[str], tokens: Tensor
+) -> dict[str, Entry]:
+    """The consumers of sites that a norm follows, and how they enter the stream. tokens: (windows, window)."""
+    entries = stream_entries(model, layers, consumer_places(model, modules), tokens[:1, :PROBE_TOKENS])
+    return {path: entry for path, entry in entries.items() if entry.is_normed}
+
+
 def layer_input(args: tuple, kwargs: dict) -> Tensor | None:
     """The hidden states that a layer was called with: the first tensor among its arguments."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
@@ -67,6 +79,14 @@ def row_scales(output: Tensor, branch: Tensor, gains: Tensor) -> Tensor:
     """(T, 1) the s_t of a follower's `branch` (T, D) for a consumer's `output` (T, D)."""
     scaled = output * gains.to(output.dtype)
     return (scaled * branch).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def follower_scales(model: nn.Module, entry: Entry, output: Tensor) -> Tensor:
+    """(T, 1) what an entry's follower in `model` scales a consumer's `output` (…, D) with, row by row."""
+    assert entry.follower is not None
+    assert entry.gains is not None
+    branch = model.get_submodule(entry.follower)(output)
+    return row_scales(exact(output).flatten(0, -2), exact(branch).flatten(0, -2), entry.gains)
 
 
 def slopes_of(module: nn.Module, name: str, output: Tensor) -> Tensor:

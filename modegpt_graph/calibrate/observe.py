@@ -120,7 +120,7 @@ def _observed(
                 for name, node in observer.nodes.items():
                     reader = observer.readers.get(name)
                     path = None if reader is None else projection_module(one, reader)
-                    entry = followed.get(f"{one.path}.{path}" if one.path else path or "")
+                    entry = followed.get(".".join(filter(None, (one.path, path))))
                     if path is None:
                         within[f"{site}/{name}"] = node
                     elif entry is not None:

@@ -128,7 +128,7 @@ def recalibrate(
                 if known and _fit_producer(branch, targets, scalings[path]):
                     found.producers[path] = scalings[path].path
                     module = smaller.get_submodule(sources[path].module)
-                    scales = partial(follower_scales, dense, entry) if entry.follower else None
+                    scales = partial(follower_scales, dense, entry) if entry.is_normed else None
                     found.errors[path] = error_when_called(module, branch.linear, calls[::stride], scales)
                 if entry.parameter is not None:
                     found.norms += _fit_gains(branch, entry.parameter, targets, ridge)

@@ -82,11 +82,8 @@ def reached(dense: nn.Module, modules: Sequence[SiteModule], layers: Sequence[st
 
     tokens: (windows, window).
     """
-    some, alone, places = (
-        tokens[:1, :PROBE_TOKENS],
-        _with_consumers_of_their_own(modules),
-        consumer_places(dense, modules),
-    )
+    some, alone = tokens[:1, :PROBE_TOKENS], _with_consumers_of_their_own(modules)
+    places = consumer_places(dense, modules)
     entries = stream_entries(dense, layers, places, some)
     found = {path: places[path] for path in entries if places[path][1].site.id in alone}
     sources = {path: list(_producers(dense, *place)) for path, place in found.items() if _is_alone(place[0], modules)}

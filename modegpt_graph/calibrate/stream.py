@@ -202,8 +202,10 @@ def _parameter(model: nn.Module, follower: str, output: Tensor) -> str | None:
 
 
 def _constants(change: Tensor, branches: dict[str, Tensor]) -> dict[str, float]:
-    """The constants of least squares; none where they do not explain the change."""
+    """The constants of least squares; none where they do not explain the change, or one overflows."""
     terms = torch.stack([branch.double().flatten() for branch in branches.values()], dim=1)  # (T·D, m)
+    if not (terms.isfinite().all() and change.isfinite().all()):
+        return {}
     found = torch.linalg.lstsq(terms, change[:, None]).solution[:, 0]
     left = float((change - terms @ found).norm() / change.norm().clamp_min(1e-300))
     if not left < EXPLAINED or float(found.abs().min()) < EXPLAINED:

@@ -18,7 +18,8 @@ from modegpt_graph.codegen.emit import Forward, emit
 from modegpt_graph.codegen.install import install
 from modegpt_graph.codegen.join import joined, names_in, prefix_of
 from modegpt_graph.errors import OverflowedActivations
-from modegpt_graph.match.site_module import Placed, SiteModule, projection_module
+from modegpt_graph.match.consumers import linear_path
+from modegpt_graph.match.site_module import Placed, SiteModule
 from modegpt_graph.models import forward_logits, overflow_advice
 from modegpt_graph.progress import NullProgress, Progress
 
@@ -119,16 +120,15 @@ def _observed(
             for site, observer in own.items():
                 for name, node in observer.nodes.items():
                     reader = observer.readers.get(name)
-                    path = None if reader is None else projection_module(one, reader)
-                    entry = followed.get(".".join(filter(None, (one.path, path))))
+                    path = None if reader is None else linear_path(model, one, reader)
                     if path is None:
                         within[f"{site}/{name}"] = node
-                    elif entry is not None:
-                        hook = _weighed_hook(model, entry, partial(observer.add, name))
-                        handles.append(module.get_submodule(path).register_forward_hook(hook))
+                    elif path in followed:
+                        hook = _weighed_hook(model, followed[path], partial(observer.add, name))
+                        handles.append(model.get_submodule(path).register_forward_hook(hook))
                     else:
                         hook = _input_hook(observer, name)
-                        handles.append(module.get_submodule(path).register_forward_pre_hook(hook))
+                        handles.append(model.get_submodule(path).register_forward_pre_hook(hook))
             if within:
                 forward = joined(emit(one.trace, observed=within), _observed_forks(one, within, value_inputs))
                 restores.append(_restore(module))

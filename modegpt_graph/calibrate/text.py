@@ -19,7 +19,7 @@ SELF = "self"
 SELF_WINDOWS = 64
 SELF_WINDOW = 128
 SHORTEST_WINDOW = 128
-OTHER_WINDOW = 128
+OTHER_WINDOWS = (128, 512)  # the shortest and the longest; long ones show more of what a model does with a context
 FEWEST = 8  # windows of other text: fewer tell of nothing
 SAMPLED = 0.4  # of as much general text: each token that a model samples costs a pass
 HELD_OUT = 8  # windows of calibration text, at most, that are kept for the evaluation
@@ -48,19 +48,20 @@ class Calibration:
 
         Where the tokenizer cannot read that, with fewer that the model samples itself, unless it wrote all there is.
         """
-        general = self._general(model, *self._size(share))
+        general = self._general(model, *self._size(share, OTHER_WINDOWS[1]))
         if general is not None:
             return self._beside(general, "of general text")
-        windows, window = self._size(SAMPLED * share)
+        windows, window = self._size(SAMPLED * share, OTHER_WINDOWS[0])
         if self.is_sampled or not windows:
             return self
         own = own_windows(model, windows, window, seed, self.start, progress)
         return self if own is None else self._beside(own, "that the model samples")
 
-    def _size(self, share: float) -> tuple[int, int]:
+    def _size(self, share: float, longest: int) -> tuple[int, int]:
         """Windows of other text, `share` as many tokens as there are, or none where these are too few; their length."""
-        window = min(OTHER_WINDOW, self.tokens.shape[1])
-        windows = int(share * self.tokens.numel()) // window
+        tokens, given = int(share * self.tokens.numel()), self.tokens.shape[1]
+        window = max(min(tokens // FEWEST, longest, given), min(OTHER_WINDOWS[0], given))
+        windows = tokens // window
         return windows if windows >= FEWEST else 0, window
 
     def _general(self, model: nn.Module, windows: int, window: int) -> Tensor | None:

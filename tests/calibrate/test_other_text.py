@@ -13,7 +13,7 @@ from modegpt_graph.calibrate.general import general_ids
 from modegpt_graph.calibrate.observe import calibrate
 from modegpt_graph.calibrate.sampling import ANY, own_windows, sample_windows
 from modegpt_graph.calibrate.statistics import ExpertStatistics, ScoreStatistics
-from modegpt_graph.calibrate.text import calibration_windows
+from modegpt_graph.calibrate.text import Calibration, calibration_windows
 from modegpt_graph.evaluate import compare
 from modegpt_graph.match.decoder import decoder_layers
 from modegpt_graph.match.prepare import read_patterns, survey_model
@@ -122,6 +122,23 @@ def test_where_it_cannot_be_read_the_model_samples_a_little(text, tokenizer):
     assert other.description.endswith("that the model samples")
     starts = other.other[:, :2].unique(dim=0)
     assert starts.tolist() == [[7, 8]] if tokenizer.all_special_ids else len(starts) > 4
+
+
+@pytest.mark.parametrize(
+    ("windows", "window", "share", "expected"),
+    [
+        (32, 1024, 0.5, (32, 512)),
+        (4, 1024, 0.5, (8, 256)),
+        (2, 1024, 0.5, (8, 128)),
+        (1, 1024, 0.5, None),
+        (128, 256, 0.5, (64, 256)),
+        (16, 64, 0.5, (8, 64)),
+    ],
+)
+def test_general_text_comes_in_long_windows_where_there_is_enough(windows, window, share, expected):
+    read = Calibration(tokens(windows, window, vocabulary=60), "token ids", tokenizer=Characters())
+    other = read.with_other(family("llama"), share, seed=1).other
+    assert (other if other is None else tuple(other.shape)) == expected
 
 
 def test_text_that_the_model_sampled_gets_general_text_beside_or_none():

@@ -60,9 +60,8 @@ class Calibration:
     def _size(self, share: float, longest: int) -> tuple[int, int]:
         """Windows of other text, `share` as many tokens as there are, or none where these are too few; their length."""
         tokens, given = int(share * self.tokens.numel()), self.tokens.shape[1]
-        window = max(min(tokens // FEWEST, longest, given), min(OTHER_WINDOWS[0], given))
-        windows = tokens // window
-        return windows if windows >= FEWEST else 0, window
+        window = min(tokens // FEWEST, longest, given)
+        return (tokens // window, window) if window >= min(OTHER_WINDOWS[0], given) else (0, 0)
 
     def _general(self, model: nn.Module, windows: int, window: int) -> Tensor | None:
         """So many windows from all over the general text, or what it has; None where the tokenizer cannot read it."""

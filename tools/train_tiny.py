@@ -73,7 +73,7 @@ def batches(tokens: Tensor, size: int, steps: int, seed: int) -> Iterator[Tensor
 
 
 def train(model: Any, tokens: Tensor, *, steps: int, size: int, seed: int) -> float:
-    """Next-token training by AdamW in bfloat16 with a cosine schedule. Returns the mean loss of the last 20 steps."""
+    """Next-token training by AdamW with a cosine schedule. Returns the mean loss of the last 20 steps."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -82,9 +82,8 @@ def train(model: Any, tokens: Tensor, *, steps: int, size: int, seed: int) -> fl
     losses, start = [], time.perf_counter()
     model.train()
     for step, batch in enumerate(batches(tokens, size, steps, seed)):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch, use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        logits = model(batch, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)

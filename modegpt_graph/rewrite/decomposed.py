@@ -198,10 +198,12 @@ class Decomposed:
         less = [weight for weight in self.reached.values() if weight < 1]
         if allocator != "curves" or not less:
             return *trials, *loose
+        least, most = f"{min(less):.2f}", f"{max(less):.2f}"
+        times = f"{most} times" if least == most else f"{least} to {most} times, the more the deeper they lie,"
         spread = (
-            f"What sites do to the logits counts {min(less):.2f} to {max(less):.2f} times, the more the deeper they "
-            f"lie, at {len(less)} of {len(self.items)} when the ratio is spread: where recalibration fits two matrices "
-            "and no norm follows, it makes up for more, and later layers for what early ones lose."
+            f"What sites do to the logits counts {times} at {len(less)} of {len(self.items)} when the ratio is spread: "
+            "where recalibration fits two matrices and no norm follows, it makes up for more, and later layers for "
+            "what early ones lose."
         )
         return *trials, spread, *loose
 

@@ -67,6 +67,15 @@ def test_sites_with_a_producer_that_recalibration_fits_give_more_where_it_follow
     assert not any(said in one for one in decomposed.said("curves", recalibrates=False))
 
 
+def test_of_a_single_layer_it_is_not_said_that_deeper_ones_count_more() -> None:
+    model = family("llama")
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    decomposed = prepare(resolve(model), calibration=tokens()).decomposed
+    said = " ".join(decomposed.said("curves", recalibrates=True))
+    assert f"What sites do to the logits counts {LEFT:.2f} times at 1 of 3 when the ratio is spread" in said
+
+
 def test_ranks_are_the_same_where_no_producer_is_fitted() -> None:
     decomposed = prepare(resolve(family("opt")), calibration=tokens()).decomposed
     assert decomposed.reached

@@ -225,6 +225,7 @@ class Decomposed:
             solutions,
             self.texts,
             self.progress,
+            self.preset.weighs_tokens,
         )
 
     def removed(self, ranks: Mapping[str, int], budget: str = "parameters") -> int:

@@ -83,12 +83,14 @@ def recalibrate(
     texts: Sequence[Tensor],
     progress: Progress | None = None,
     producers: Mapping[str, Producers] | None = None,
+    weighs_tokens: bool = True,
 ) -> Recalibration:
     """Change the weights (and biases) of `smaller`'s consumers in place, of producers that scale, and of norms after.
 
     layers: paths of the decoder layers.   consumers: path → whether it may change; those that may not are needed all
     the same, to know what the stream has become.   texts: (windows, window) of calibration text, each.   producers:
-    consumer → where its features come from.
+    consumer → where its features come from.   weighs_tokens: whether tokens count in errors as a norm that follows a
+    consumer scales what that puts out; fits are of what enters the stream all the same.
     A layer is left as it is where its output is not its input plus what its consumers put out, scaled or not (experts,
     say), for then what the stream has lost is not known there.
     """
@@ -128,7 +130,7 @@ def recalibrate(
                 if known and _fit_producer(branch, targets, scalings[path]):
                     found.producers[path] = scalings[path].path
                     module = smaller.get_submodule(sources[path].module)
-                    scales = partial(follower_scales, dense, entry) if entry.is_normed else None
+                    scales = partial(follower_scales, dense, entry) if weighs_tokens and entry.is_normed else None
                     found.errors[path] = error_when_called(module, branch.linear, calls[::stride], scales)
                 if entry.parameter is not None:
                     found.norms += _fit_gains(branch, entry.parameter, targets, ridge)

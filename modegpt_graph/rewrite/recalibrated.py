@@ -37,13 +37,15 @@ def recalibrated(
     solutions: Mapping[str, Solution],
     texts: Sequence[Tensor],
     progress: Progress | None = None,
+    weighs_tokens: bool = True,
 ) -> tuple[dict[str, Solution], Recalibration]:
     """The solutions with consumers, and producers that scale, that fit what `smaller`, changed in place, computes; and
     what was fitted.
 
     A consumer of several sites, which reads what they make side by side, is left as it is.
-    smaller: the dense model rewritten by `solutions`.   Errors are those of the new matrices, on the inputs that the
-    sites have in the dense model, as all errors are.
+    smaller: the dense model rewritten by `solutions`.   weighs_tokens: whether tokens count in `statistics`, and so in
+    errors, as a norm that follows a consumer scales what that puts out.   Errors are those of the new matrices, on the
+    inputs that the sites have in the dense model, as all errors are.
     """
     places = consumer_places(smaller, modules)
     alone = _with_consumers_of_their_own(modules)
@@ -54,7 +56,7 @@ def recalibrated(
         if may and _is_alone(places[path][0], modules)
     }
     sources = {path: Producers(list(own), places[path][0].path) for path, own in producers.items()}
-    fitted = recalibrate(dense, smaller, layers, may_change, texts, progress, sources)
+    fitted = recalibrate(dense, smaller, layers, may_change, texts, progress, sources, weighs_tokens)
     found = dict(solutions)
     for path, (one, placed) in places.items():
         layout, site = placed.footprint.layout, placed.site.id

@@ -59,9 +59,9 @@ def test_sums_are_of_what_enters_the_stream(name: str, approximate: bool) -> Non
     assert f"At {checked} of {len(found.decomposed.items)} sites" in said
 
 
-@pytest.mark.parametrize("recalibrate", [True, False])
-def test_errors_are_of_what_enters_the_stream(recalibrate: bool) -> None:
-    found = prepared("gemma2", recalibrate=recalibrate)
+@pytest.mark.parametrize(("recalibrate", "preset"), [(True, "default"), (False, "default"), (True, "paper")])
+def test_errors_are_of_what_enters_the_stream_where_sums_are(recalibrate: bool, preset: str) -> None:
+    found = prepared("gemma2", recalibrate=recalibrate, preset=preset)
     result = found.at(0.4)
     dense, errors = found.decomposed.dense, result.report.outcome.sites  # type: ignore[union-attr]
     checked = 0
@@ -76,7 +76,7 @@ def test_errors_are_of_what_enters_the_stream(recalibrate: bool) -> None:
         handle.remove()
         smaller = result.model.get_submodule(mlp)
         _, output = seen(result.model, path, lambda smaller=smaller, calls=calls: smaller(calls[0]))
-        scale = 1 / wanted.norm(dim=1, keepdim=True)
+        scale = 1 / wanted.norm(dim=1, keepdim=True) if found.decomposed.preset.weighs_tokens else 1
         error = ((output - wanted) * scale).square().sum() / (wanted * scale).square().sum()
         assert site.relative_error == pytest.approx(float(error), rel=1e-3)
         checked += 1
